@@ -161,5 +161,5 @@ class ComputePolicy(Protocol):
 
     simulated: bool  # True when saved work is only masked, not skipped
 
-    def attend(self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, ctx: Any) -> Tensor:
+    def attend(self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, layer: int, ctx: Any) -> Tensor:
         """Store the new keys and values where ``ctx`` says and return the attention output ``(B, H, n, D)``."""
