@@ -1,0 +1,3 @@
+"""arsp: accelerate image autoregressive models."""
+
+__version__ = "0.1.0"
