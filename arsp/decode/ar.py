@@ -1,0 +1,131 @@
+"""Plain autoregressive sampling of any Decoder, raster or next-scale, with three ways of choosing a code.
+
+One loop (:func:`decode_blocks`) walks the blocks of the layout; what differs is the callable ``choose``:
+keyed Gumbel-argmax (default: image i depends on ``(seed, i)`` only), a ``torch.Generator`` multinomial stream as the official
+samplers use it, or the flow map of distilled decoding applied to a noise token (``arsp.distill.flow.sample_through_map``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from arsp.decode.filters import LogitsPipeline
+from arsp.errors import ConfigError, NumericalError
+from arsp.protocols import Decoder, Generation, Request
+from arsp.rng import Purpose, keyed_gumbel
+
+Choose = Callable[[Tensor, Tensor], Tensor]  # (log_probs_BmV, positions_m) -> codes_Bm
+Callback = Callable[[int], None]  # called after every pass with the number of token positions it made
+
+RNG_NAMES = ("keyed", "torch")
+_MAX_NOISE_ELEMENTS = 1 << 22  # Gumbel noise held at once by draw_codes
+
+
+def decode_blocks(decoder: Decoder, request: Request, choose: Choose, pipeline: LogitsPipeline, callback: Callback | None = None) -> Generation:
+    """Fill ``codes_BL`` block by block: one pass of the decoder a block, codes from ``choose(pipeline(logits), positions)``."""
+    layout, device = decoder.layout, request.sample_ids_B.device
+    codes_BL = torch.empty(request.batch_size, layout.num_tokens, dtype=torch.int64, device=device)
+    state, fed_Bn = decoder.start(request), None
+    for block in layout.blocks:
+        positions_m = torch.tensor(block, dtype=torch.int64, device=device)
+        fed_Bn = choose(pipeline(decoder.step(state, fed_Bn)), positions_m)
+        codes_BL[:, positions_m] = fed_Bn
+        if callback:
+            callback(len(block))
+    passes = len(layout.blocks)
+    return Generation(codes_BL, stats={"passes": passes, "tokens_per_pass": layout.num_tokens / passes})
+
+
+def draw_codes(log_p_BmV: Tensor, seed: int, sample_ids_B: Tensor, positions: Tensor, purpose: Purpose = Purpose.TOKEN) -> Tensor:
+    """Keyed Gumbel-argmax draws ``codes_Bm``: ``argmax_x(log p(x) + g(x))``, the smallest id on ties.
+
+    ``g`` is a pure function of (seed, sample id, position, code), so a draw does not depend on the batch, the window or the
+    number of passes. ``positions``: ``(m,)`` for all rows or ``(B, m)``. NumericalError when a row has no finite
+    log-probability or holds a NaN.
+    """
+    num_rows, _, num_codes = log_p_BmV.shape
+    positions_Bm = positions.expand(log_p_BmV.shape[:2])
+    chunk = max(1, _MAX_NOISE_ELEMENTS // max(1, log_p_BmV[0].numel()))
+    codes = []
+    for start in range(0, num_rows, chunk):
+        rows = slice(start, start + chunk)
+        noise = keyed_gumbel(seed, sample_ids_B[rows, None], positions_Bm[rows], num_codes, purpose)
+        best = (log_p_BmV[rows] + noise).max(dim=-1)  # the first of equal maxima
+        _check_finite(best.values)
+        codes.append(best.indices)
+    return torch.cat(codes)
+
+
+def keyed_choice(request: Request) -> Choose:
+    """``choose`` by keyed Gumbel-argmax with the request's seed and sample ids."""
+    return lambda log_p_BmV, positions_m: draw_codes(log_p_BmV, request.seed, request.sample_ids_B, positions_m)
+
+
+def multinomial_choice(generator: torch.Generator) -> Choose:
+    """``choose`` by ``torch.multinomial`` on rows flattened over batch and positions: the official samplers' stream."""
+
+    def choose(log_p_BmV: Tensor, positions_m: Tensor) -> Tensor:
+        _check_finite(log_p_BmV.amax(dim=-1))
+        drawn = torch.multinomial(log_p_BmV.flatten(0, 1).exp(), 1, generator=generator)
+        return drawn.view(log_p_BmV.shape[:2])
+
+    return choose
+
+
+def sample_ar(
+    decoder: Decoder,
+    request: Request,
+    *,
+    pipeline: LogitsPipeline,
+    rng: str = "keyed",
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+) -> Generation:
+    """Sample one sequence a row, one decoder pass a block.
+
+    ``rng="keyed"``: exact law, image i depends on ``(seed, i)`` only. ``rng="torch"``: multinomial draws from ``generator``
+    (default: a fresh one seeded with ``request.seed``), which depend on the batch like the official code.
+    """
+    choose = keyed_choice(request) if check_rng(rng) == "keyed" else multinomial_choice(generator or seeded_generator(request))
+    return decode_blocks(decoder, request, choose, pipeline, callback)
+
+
+class ARGenerator:
+    """:func:`sample_ar` bound to a decoder. With ``rng="torch"`` one stream runs through all calls of ``generate``."""
+
+    def __init__(
+        self, decoder: Decoder, pipeline: LogitsPipeline | None = None, rng: str = "keyed", generator: torch.Generator | None = None
+    ):
+        self.decoder, self.pipeline, self.rng, self.generator = decoder, pipeline or LogitsPipeline(), check_rng(rng), generator
+        self.capabilities = decoder.capabilities
+
+    def generate(self, request: Request, callback: Callback | None = None) -> Generation:
+        """Codes of every row of the request; ``callback(number of new positions)`` after every pass."""
+        if self.rng == "torch" and self.generator is None:
+            self.generator = seeded_generator(request)
+        return sample_ar(
+            self.decoder, request, pipeline=self.pipeline, rng=self.rng, generator=self.generator, callback=callback
+        )  # fmt: skip
+
+
+def seeded_generator(request: Request) -> torch.Generator:
+    """A ``torch.Generator`` on the request's device, seeded with its seed."""
+    return torch.Generator(device=request.sample_ids_B.device).manual_seed(request.seed)
+
+
+def check_rng(rng: str) -> str:
+    """``rng`` itself, or ConfigError naming the known ones."""
+    if rng not in RNG_NAMES:
+        raise ConfigError(f"rng: unknown random stream {rng!r}.", hint=f"use one of: {', '.join(RNG_NAMES)}")
+    return rng
+
+
+def _check_finite(best: Tensor) -> None:
+    if not torch.isfinite(best).all():
+        raise NumericalError(
+            "sampling: a row of log-probabilities has no finite maximum (NaN logits, or every code removed).",
+            hint="check the model's weights and dtype; float16 activations may overflow",
+        )

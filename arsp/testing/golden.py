@@ -1,0 +1,83 @@
+"""Finds recorded official outputs ("golden cases") in a directory and loads them lazily.
+
+A case is a directory with ``golden.json`` (source, configuration, meaning of every tensor, tolerances) and one or more
+safetensors files. Tests ask for a *kind* and take every size and setting from ``golden.json``, so a further case of the same
+kind needs no code: point ``ARSP_GOLDEN`` at a directory that holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from arsp.errors import InputError
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """One recorded case: its directory and the content of ``golden.json``; tensors are read at first use."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return self.meta["kind"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.meta.get("config", {})
+
+    @cached_property
+    def io(self) -> dict[str, Tensor]:
+        """Recorded inputs and outputs: ``io.safetensors`` joined with ``inputs.safetensors`` where a case has one."""
+        inputs = self.load("inputs") if (self.path / "inputs.safetensors").exists() else {}
+        return inputs | self.load("io")
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The state dict under the official keys."""
+        return self.load("weights")
+
+    def load(self, name: str) -> dict[str, Tensor]:
+        """All tensors of ``<name>.safetensors``. InputError when the file is missing or damaged."""
+        file = self.path / f"{name}.safetensors"
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"golden case {self.path.name}: cannot read {file.name} ({error}).") from error
+
+    def __str__(self) -> str:
+        return self.path.name
+
+
+def golden_root() -> Path:
+    """``$ARSP_GOLDEN``, else ``tests/golden`` of the checkout this package is in."""
+    return Path(os.environ.get("ARSP_GOLDEN") or Path(__file__).parents[2] / "tests" / "golden")
+
+
+def find_cases(root: Path | str | None = None, kind: str | None = None) -> list[GoldenCase]:
+    """Cases below ``root`` (default :func:`golden_root`), sorted by path, of one kind or of all."""
+    found = []
+    for file in sorted(Path(root or golden_root()).rglob("golden.json")):
+        try:
+            meta = json.loads(file.read_text(encoding="utf-8"))
+            if kind in (None, meta["kind"]):
+                found.append(GoldenCase(file.parent, meta))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file}: not a golden case ({type(error).__name__}: {error}).") from error
+    return found
+
+
+def not_covered(root: Path | str | None, covered: Collection[str]) -> list[str]:
+    """Kinds that occur below ``root`` and are not in ``covered``: reported, never a failure."""
+    return sorted({case.kind for case in find_cases(root)} - set(covered))
