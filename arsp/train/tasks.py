@@ -1,0 +1,123 @@
+"""What ``arsp train`` trains: the feature network, a VQ tokenizer, a class-conditional LlamaGen teacher."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arsp.data import shapes
+from arsp.metrics.features import FeatNet
+from arsp.models.llamagen import GPT, GPTConfig
+from arsp.tokenizers.llamagen_vq import VQConfig, VQModel, to_pixels
+from arsp.train.loop import Task
+
+
+class FeatureTask(Task):
+    """Attribute classification on fresh procedural images; the sum of cross-entropies + 3 x smooth L1 on the position."""
+
+    def __init__(self, variant: str = "shapes32", seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.trained = FeatNet()
+        self.variant = variant
+
+    def _targets(self, attrs: shapes.Attributes) -> Tensor:
+        radius = torch.tensor(shapes.RADII, dtype=torch.float32)[attrs["ri"]]
+        return torch.stack((attrs["cx"] / 16 - 1, attrs["cy"] / 16 - 1, radius / 8 - 1), dim=-1)
+
+    def loss(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        images, attrs = shapes.draw(batch_size, 1000 + step, self.variant)
+        out = self.trained(images)
+        heads = {name: F.cross_entropy(out[name].float(), attrs[name]) for name in ("shape", "color", "bg")}
+        heads["pos"] = 3 * F.smooth_l1_loss(out["pos"].float(), self._targets(attrs))
+        return {"loss": sum(heads.values()), **heads}
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        images, attrs = shapes.draw(2000, 7, self.variant)
+        out = module(images)
+        figures = {f"{name}_accuracy": float((out[name].argmax(-1) == attrs[name]).float().mean()) for name in ("shape", "color", "bg")}
+        error = (out["pos"] - self._targets(attrs)).abs().mean(0)
+        return {**figures, "position_error_px": 16 * float(error[:2].mean()), "radius_error_px": 8 * float(error[2])}
+
+
+class TokenizerTask(Task):
+    """L1 + 2 MSE + codebook and commitment losses; unused codes are re-seeded from encoder outputs early on."""
+
+    def __init__(self, config: VQConfig, images_u8: Tensor, held_out_u8: Tensor, *, seed: int = 0, total_steps: int = 1000):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.trained = VQModel(config)
+        self.register_buffer("usage", torch.zeros(config.codebook_size))
+        self.pool, self.held_out, self.reseed_until = images_u8, held_out_u8, int(0.7 * total_steps)
+
+    def loss(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(self.pool), (batch_size,), generator=generator)
+        pixels = to_pixels(self.pool[rows]).to(self.usage.device)
+        latents = self.trained.latents(pixels).float()
+        quantised, vq_loss, commit_loss, codes = self.trained.quantize(latents)
+        if self.training:
+            self._track(step, latents.detach(), codes, generator)
+        error = self.trained.decode_map(quantised).float() - pixels
+        l1, mse = error.abs().mean(), error.square().mean()
+        width = latents.shape[1]  # the quantiser's losses are means over E components
+        return {"loss": l1 + 2 * mse + 0.25 * width * (vq_loss + commit_loss), "l1": l1, "mse": mse}
+
+    @torch.no_grad()
+    def _track(self, step: int, latents: Tensor, codes: Tensor, generator: torch.Generator) -> None:
+        self.usage.mul_(0.99).add_(torch.bincount(codes.flatten(), minlength=len(self.usage)).float(), alpha=0.01)
+        if step == 30:
+            dead = torch.ones_like(self.usage, dtype=torch.bool)
+        elif step > 30 and step % 50 == 0 and step < self.reseed_until:
+            dead = self.usage < 0.02 * self.usage.mean()
+        else:
+            return
+        vectors = F.normalize(latents.movedim(1, -1).flatten(0, -2), dim=-1)
+        picks = torch.randint(len(vectors), (int(dead.sum()),), generator=generator)
+        self.trained.quantize.embedding.weight[dead] = vectors[picks]
+        self.usage[dead] = self.usage.mean()
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        parts = [to_pixels(part).to(self.usage.device) for part in self.held_out.split(256)]
+        codes = [module.encode(part) for part in parts]
+        errors = torch.cat([(module.decode_codes(c) - p).clamp(-2, 2).square().flatten(1).mean(1) for c, p in zip(codes, parts, strict=True)])
+        share = torch.bincount(torch.cat(codes).flatten(), minlength=len(self.usage)).float()
+        share = share / share.sum()
+        perplexity = torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
+        return {"psnr_db": float(10 * torch.log10(4 / errors).mean()), "codes_used": float((share > 0).sum()), "perplexity": float(perplexity)}
+
+
+class TeacherTask(Task):
+    """Next-code cross-entropy on tokenised images, classes dropped at ``class_dropout_prob`` for guidance."""
+
+    def __init__(self, config: GPTConfig, codes_NL: Tensor, labels_N: Tensor, held_out: tuple[Tensor, Tensor], *, seed: int = 0):
+        super().__init__()
+        self.trained = GPT(config)
+        self.trained.init_weights(torch.Generator().manual_seed(seed))
+        self.codes, self.labels, self.held_out = codes_NL, labels_N, held_out
+
+    def _nats(self, codes_BL: Tensor, labels_B: Tensor) -> Tensor:
+        logits_BLV = self.trained(codes_BL[:, :-1], labels_B)
+        return F.cross_entropy(logits_BLV.flatten(0, 1), codes_BL.flatten())
+
+    def loss(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(self.codes), (batch_size,), generator=generator)
+        codes, labels = self.codes[rows], self.labels[rows].clone()
+        drop = torch.rand(batch_size, generator=generator) < self.trained.config.class_dropout_prob
+        labels[drop] = self.trained.config.num_classes
+        return {"loss": self._nats(codes, labels)}
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        codes, labels = self.held_out
+        parts = [(self._nats(c, y), len(c)) for c, y in zip(codes.split(512), labels.split(512), strict=True)]
+        return {"nats_per_token": float(sum(loss * n for loss, n in parts) / len(codes))}
+
+
+@torch.inference_mode()
+def tokenise(tokenizer: VQModel, images_u8: Tensor, progress=lambda n: None) -> Tensor:
+    """Codes ``(N, L)`` int64 of all images, in batches of 256."""
+    parts = []
+    for batch in images_u8.split(256):
+        parts.append(tokenizer.encode(to_pixels(batch)))
+        progress(len(batch))
+    return torch.cat(parts)
