@@ -71,7 +71,9 @@ def load_featnet(path: str | Path | None = None) -> FeatNet:
         net.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in load_file(path).items()})
     except (safetensors.SafetensorError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} is not a weights file of {FEATNET_NAME}: {reason}", "Reinstall arsp to restore the packaged file.") from error
+        raise InputError(
+            f"{path} is not a weights file of {FEATNET_NAME}: {reason}", "Reinstall arsp to restore the packaged file."
+        ) from error
     return net.eval().requires_grad_(False)
 
 
