@@ -1,0 +1,609 @@
+"""From run records to one table: a row per stack, a column per (metric, image count, protocol, reference).
+
+Nothing is computed anew here. Values that were measured differently never share a column, a speed-up is given only when
+both times come from the same kind of command, machine and batch size, and the two honesty bits of a record
+(``comparable``, ``simulated``) follow each value as a footnote mark.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from arsp.errors import InputError
+
+Record = dict[str, Any]
+
+# name -> (title, higher is better, digits after the point)
+METRICS: dict[str, tuple[str, bool, int]] = {
+    "fid": ("FID", False, 2),
+    "kid": ("KID", False, 4),
+    "is": ("IS", True, 2),
+    "precision": ("Precision", True, 3),
+    "recall": ("Recall", True, 3),
+    "class_accuracy": ("Class accuracy", True, 3),
+    "color_accuracy": ("Colour accuracy", True, 3),
+}
+POSITION_METRIC = "accuracy_by_position"
+NOT_COMPARABLE = "†"
+SIMULATED = "‡"
+MISSING = "–"
+ROLES = ("teacher", "accelerated", "student", "control", "reference")  # order of the rows
+_ROLE_WORDS = (  # first match wins; words of the stack name
+    ("control", {"naive", "mode", "skip", "control"}),
+    ("reference", {"real", "reconstruction", "reconstructions", "recon", "dataset"}),
+    ("student", {"dd1", "dd2", "student", "distilled"}),
+    ("accelerated", {"sjd", "gsd", "spectr", "rsd", "lantern", "litevar", "code", "w8a8", "w4a8", "kv", "sparse", "speculative"}),
+)
+_TIMING_COMMANDS = ("bench", "speculate", "sample", "evaluate")  # where a latency is taken from, best first
+_MACHINE_KEYS = ("machine", "hostname", "host", "cpu", "gpu", "device", "threads", "dtype")
+
+
+@dataclass(frozen=True)
+class Column:
+    """What makes two values of a metric the same measurement."""
+
+    name: str
+    n: int | None = None
+    protocol: str | None = None
+    reference_sha256: str | None = None
+
+    @property
+    def title(self) -> str:
+        return METRICS[self.name][0] if self.name in METRICS else self.name
+
+    @property
+    def higher_is_better(self) -> bool | None:
+        """None for a metric whose direction is not known."""
+        return METRICS[self.name][1] if self.name in METRICS else None
+
+    @property
+    def arrow(self) -> str:
+        return {True: "↑", False: "↓", None: ""}[self.higher_is_better]
+
+    @property
+    def details(self) -> list[str]:
+        """Image count and protocol, in words."""
+        count = [f"n = {self.n}"] if self.n is not None else []
+        return count + ([self.protocol] if self.protocol else [])
+
+
+@dataclass
+class Stack:
+    """All that the given records say about one stack of methods."""
+
+    name: str
+    label: str
+    role: str
+    records: list[Record] = field(default_factory=list)
+    metrics: dict[Column, Record] = field(default_factory=dict)
+    curves: dict[str, list[Record]] = field(default_factory=dict)
+    cost: Record = field(default_factory=dict)
+    timing: Record | None = None  # the record that the latency was taken from
+
+    @property
+    def passes(self) -> float | None:
+        """Network passes for an image."""
+        return number(self.cost.get("passes"))
+
+    @property
+    def simulated(self) -> bool:
+        return bool(self.cost.get("simulated"))
+
+    @property
+    def ms_per_image(self) -> float | None:
+        """Milliseconds for an image: from the throughput, else the median latency over the batch size."""
+        cost = (self.timing or {}).get("cost") or {}
+        rate = number(cost.get("images_per_s"))
+        if rate:
+            return 1000.0 / rate
+        latency = number((cost.get("latency_ms") or {}).get("p50"))
+        return None if latency is None else latency / (timing_batch(self) or 1)
+
+    def value(self, column: Column) -> float | None:
+        metric = self.metrics.get(column)
+        return number(metric["value"]) if metric else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    value: float | str | None = None
+    best: bool = False
+    marks: str = ""
+
+    def __str__(self) -> str:
+        return self.text + self.marks
+
+
+@dataclass
+class MetricTable:
+    """Stacks in reading order with one formatted cell for each cost and metric column."""
+
+    stacks: list[Stack]
+    cost_titles: list[str]
+    columns: list[Column]
+    cost_cells: list[list[Cell]]
+    metric_cells: list[list[Cell]]
+    footnotes: list[tuple[str, str]]
+    baseline: Stack | None
+
+    @property
+    def shared_details(self) -> list[str]:
+        """Image count and protocol where all metric columns agree on them: said once instead of in each heading."""
+        first = self.columns[0].details if len(self.columns) > 1 else []
+        return [text for text in first if all(text in column.details for column in self.columns)]
+
+    def own_details(self, column: Column) -> list[str]:
+        """What is left to say in the heading of one column."""
+        return [text for text in column.details if text not in self.shared_details]
+
+
+def number(value: Any) -> float | None:
+    """The finite number in a JSON value, or None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+# ---------------------------------------------------------------- records -> stacks
+
+
+def check_record(record: Any, source: str) -> Record:
+    """``record`` when its parts have the types a report reads; InputError naming the part otherwise."""
+    hint = "A record is the run.json of a run directory, or what a command prints with --json."
+    if not isinstance(record, dict):
+        raise InputError(f"{source}: a record is a JSON object, found {type(record).__name__}.", hint)
+    wanted = {"stack": dict, "cost": dict, "environment": dict, "config": dict, "curves": dict, "metrics": list, "artifacts": list, "parents": list}
+    for key, kind in wanted.items():
+        if record.get(key) is not None and not isinstance(record[key], kind):
+            raise InputError(f"{source}: '{key}' of the record is {type(record[key]).__name__}, expected {kind.__name__}.", hint)
+    for key, required in (("metrics", "name"), ("artifacts", "path")):
+        for item in record.get(key) or []:
+            if not isinstance(item, dict) or not isinstance(item.get(required), str):
+                raise InputError(f"{source}: an entry of '{key}' has no '{required}': {str(item)[:80]}", hint)
+    latency = (record.get("cost") or {}).get("latency_ms")
+    if latency is not None and not isinstance(latency, dict):
+        raise InputError(f"{source}: 'cost.latency_ms' is {type(latency).__name__}, expected an object with p50 and p95.", hint)
+    for name, points in (record.get("curves") or {}).items():
+        if not isinstance(points, list) or not all(isinstance(point, dict) and {"x", "y"} <= point.keys() for point in points):
+            raise InputError(f"{source}: curve '{name}' is no list of {{x, y}} points.", hint)
+    if not {"command", "stack", "metrics", "artifacts"} & record.keys():
+        raise InputError(f"{source}: this JSON object is no record (keys: {', '.join(sorted(record)[:6]) or 'none'}).", hint)
+    return record
+
+
+def stack_name(record: Record) -> str:
+    """The canonical variant name; for a record without one the model, else the command."""
+    stack, config = record.get("stack") or {}, record.get("config") or {}
+    for name in (stack.get("name"), stack.get("model"), config.get("model"), record.get("command")):
+        if isinstance(name, str) and name:
+            return name
+    return "unnamed"
+
+
+def stack_role(record: Record) -> str:
+    """``stack.role`` when the record says it, else read off the words of the stack's name."""
+    declared = (record.get("stack") or {}).get("role")
+    if declared in ROLES:
+        return declared
+    words = set(re.split(r"[^a-z0-9]+", stack_name(record).lower()))
+    return next((role for role, known in _ROLE_WORDS if words & known), "teacher")
+
+
+def collect(records: Iterable[Record]) -> list[Stack]:
+    """Records -> stacks in reading order: teacher, accelerated, students (by passes, most first), controls, references.
+
+    Records of one stack (same name, no contradiction in its description or in a measured value) share a row; a second
+    run that measured something else for the same name gets its own row with a telling label.
+    """
+    stacks: list[Stack] = []
+    for record in records:
+        home = next((stack for stack in stacks if _belongs(stack, record)), None)
+        if home is None:
+            name = stack_name(record)
+            home = Stack(name, name, stack_role(record))
+            stacks.append(home)
+        _absorb(home, record)
+    _make_labels_unique(stacks)
+    return sorted(stacks, key=lambda stack: (ROLES.index(stack.role), -(stack.passes if stack.passes is not None else -1)))
+
+
+def _belongs(stack: Stack, record: Record) -> bool:
+    if stack.name != stack_name(record):
+        return False
+    described = record.get("stack") or {}
+    for other in stack.records:
+        known = other.get("stack") or {}
+        if any(described[key] != known[key] for key in described.keys() & known.keys()):
+            return False
+    values = {column: metric.get("value") for column, metric in _table_metrics(record)}
+    return all(stack.metrics[column].get("value") == value for column, value in values.items() if column in stack.metrics)
+
+
+def _absorb(stack: Stack, record: Record) -> None:
+    stack.records.append(record)
+    stack.metrics.update(_table_metrics(record))
+    stack.curves.update(record.get("curves") or {})
+    positions = _positions_from_metrics(record)
+    if positions:
+        stack.curves.setdefault(POSITION_METRIC, positions)
+    cost = record.get("cost") or {}
+    simulated = stack.simulated or bool(cost.get("simulated"))
+    stack.cost.update({key: value for key, value in cost.items() if value is not None})
+    stack.cost["simulated"] = simulated
+    has_timing = number(cost.get("images_per_s")) or number((cost.get("latency_ms") or {}).get("p50")) is not None
+    if has_timing and (stack.timing is None or _timing_rank(record) <= _timing_rank(stack.timing)):
+        stack.timing = record
+
+
+def _timing_rank(record: Record) -> int:
+    command = record.get("command")
+    return _TIMING_COMMANDS.index(command) if command in _TIMING_COMMANDS else len(_TIMING_COMMANDS)
+
+
+def _table_metrics(record: Record) -> list[tuple[Column, Record]]:
+    metrics = [metric for metric in record.get("metrics") or [] if metric["name"] != POSITION_METRIC]
+    return [(_column_of(metric), {"value": None} | metric) for metric in metrics]
+
+
+def _column_of(metric: Record) -> Column:
+    n, protocol, reference = metric.get("n"), metric.get("protocol"), metric.get("reference_sha256")
+    return Column(
+        metric["name"],
+        int(n) if number(n) is not None else None,
+        str(protocol) if protocol else None,
+        str(reference) if reference else None,
+    )
+
+
+def _positions_from_metrics(record: Record) -> list[Record]:
+    """Accuracy by position given as metrics: one with a list as value, or one for each position."""
+    found = [metric for metric in record.get("metrics") or [] if metric["name"] == POSITION_METRIC]
+    if len(found) == 1 and isinstance(found[0].get("value"), list):
+        return [{"x": index, "y": value} for index, value in enumerate(found[0]["value"])]
+    return [{"x": metric.get("position", index), "y": metric.get("value")} for index, metric in enumerate(found)]
+
+
+def _make_labels_unique(stacks: Sequence[Stack]) -> None:
+    for name in {stack.name for stack in stacks}:
+        twins = [stack for stack in stacks if stack.name == name]
+        if len(twins) == 1:
+            continue
+        models = [str((twin.records[0].get("stack") or {}).get("model") or "") for twin in twins]
+        distinct = len(set(models)) == len(models) and all(models)
+        for index, (twin, model) in enumerate(zip(twins, models, strict=True)):
+            twin.label = f"{name} ({model.rstrip('/').rsplit('/', 1)[-1]})" if distinct else f"{name} (#{index + 1})"
+
+
+# ---------------------------------------------------------------- stacks -> table
+
+
+def metric_table(stacks: Sequence[Stack]) -> MetricTable:
+    """The table every output shows: passes, time and memory first, then the metrics in their usual order."""
+    baseline = find_baseline(stacks)
+    columns = metric_columns(stacks)
+    best = {column: _best(stacks, column) for column in columns}
+    titles, cost_rows = _cost_cells(stacks, baseline)
+    metric_rows = [[_metric_cell(stack, column, best[column]) for column in columns] for stack in stacks]
+    return MetricTable(list(stacks), titles, columns, cost_rows, metric_rows, _footnotes(stacks, columns, titles), baseline)
+
+
+def find_baseline(stacks: Sequence[Stack]) -> Stack | None:
+    """The first plain autoregressive teacher."""
+    return next((stack for stack in stacks if stack.role == "teacher"), None)
+
+
+def metric_columns(stacks: Sequence[Stack]) -> list[Column]:
+    names = list(METRICS)
+    columns = {column for stack in stacks for column in stack.metrics}
+
+    def order(column: Column) -> tuple:
+        rank = names.index(column.name) if column.name in names else len(names)
+        return rank, column.name, -(column.n or 0), column.protocol or "", column.reference_sha256 or ""
+
+    return sorted(columns, key=order)
+
+
+def speedup(stack: Stack, baseline: Stack | None) -> float | None:
+    """Baseline time over this stack's time; None unless both were timed by the same command, machine and batch size."""
+    if baseline is None or stack is baseline or not stack.ms_per_image or not baseline.ms_per_image:
+        return None
+    here, there = stack.timing or {}, baseline.timing or {}
+    same_command = here.get("command") == there.get("command")
+    if not same_command or timing_batch(stack) != timing_batch(baseline) or not _same_machine(here, there):
+        return None
+    return baseline.ms_per_image / stack.ms_per_image
+
+
+def timing_batch(stack: Stack) -> int | None:
+    """Batch size that the time was measured at."""
+    record = stack.timing or {}
+    for source in (record.get("cost") or {}, record.get("config") or {}):
+        batch = number(source.get("batch_size"))
+        if batch:
+            return int(batch)
+    return None
+
+
+def _same_machine(one: Record, other: Record) -> bool:
+    here, there = one.get("environment") or {}, other.get("environment") or {}
+    return all(here.get(key) == there.get(key) for key in _MACHINE_KEYS)
+
+
+def _best(stacks: Sequence[Stack], column: Column) -> float | None:
+    values = [stack.value(column) for stack in stacks if stack.role != "reference"]
+    known = [value for value in values if value is not None]
+    if column.higher_is_better is None or len(known) < 2:
+        return None
+    return max(known) if column.higher_is_better else min(known)
+
+
+def _metric_cell(stack: Stack, column: Column, best: float | None) -> Cell:
+    metric, value = stack.metrics.get(column), stack.value(column)
+    if metric is None or value is None:
+        return Cell(MISSING)
+    spread = number(metric.get("std"))
+    text = format_value(column.name, value)
+    is_best = best is not None and stack.role != "reference" and text == format_value(column.name, best)
+    text += f" ± {format_value(column.name, spread)}" if spread is not None else ""
+    return Cell(text, value, is_best, NOT_COMPARABLE if metric.get("comparable") is False else "")
+
+
+def _cost_cells(stacks: Sequence[Stack], baseline: Stack | None) -> tuple[list[str], list[list[Cell]]]:
+    """Cost columns that at least one stack has a value for."""
+    makers = {
+        "Passes": lambda stack: _plain(stack.passes),
+        "Tokens/pass": lambda stack: _plain(number(stack.cost.get("tokens_per_pass"))),
+        "ms/image": lambda stack: _plain(stack.ms_per_image, SIMULATED if stack.simulated else ""),
+        "Speed-up": lambda stack: _times(speedup(stack, baseline), SIMULATED if stack.simulated else ""),
+        "Weights": lambda stack: _bytes(number(stack.cost.get("weight_bytes")), SIMULATED if stack.simulated else ""),
+        "Peak memory": lambda stack: _bytes(number(stack.cost.get("peak_mem_bytes")), SIMULATED if stack.simulated else ""),
+    }
+    cells = {title: [make(stack) for stack in stacks] for title, make in makers.items()}
+    shown = [title for title, column in cells.items() if any(cell.value is not None for cell in column)]
+    if "ms/image" in shown and not {"Speed-up"} & set(shown) and baseline is not None and len(stacks) > 1:
+        shown.insert(shown.index("ms/image") + 1, "Speed-up")  # an empty column: the footnote says why
+    return shown, [[cells[title][row] for title in shown] for row in range(len(stacks))]
+
+
+def _footnotes(stacks: Sequence[Stack], columns: Sequence[Column], cost_titles: Sequence[str]) -> list[tuple[str, str]]:
+    notes = []
+    if any(metric.get("comparable") is False for stack in stacks for metric in stack.metrics.values()):
+        notes.append(
+            (
+                NOT_COMPARABLE,
+                "Comparable inside this report only, not with published numbers: measured with a small feature network or with too few images.",
+            )
+        )
+    simulated = [stack.label for stack in stacks if stack.simulated]
+    if simulated:
+        notes.append(
+            (
+                SIMULATED,
+                f"Simulated ({', '.join(simulated)}): the arithmetic of the method is imitated, so time and memory are not those of a real implementation.",
+            )
+        )
+    if "ms/image" in cost_titles:
+        notes.append(("", _timing_note(stacks)))
+    if any(column.n is not None for column in columns):
+        notes.append(("", "n is the number of images behind a value. Values with different n, protocol or reference stand in columns of their own."))
+    hashes: dict[str, list[str]] = {}
+    for column in columns:
+        if column.reference_sha256 and column.title not in hashes.setdefault(column.reference_sha256, []):
+            hashes[column.reference_sha256].append(column.title)
+    if hashes:
+        notes.append(("", "Reference statistics (SHA-256): " + "; ".join(f"{', '.join(titles)} {digest[:16]}" for digest, titles in hashes.items()) + "."))
+    return notes
+
+
+def _timing_note(stacks: Sequence[Stack]) -> str:
+    timed = [stack for stack in stacks if stack.timing]
+    ways = sorted({f"'{(stack.timing or {}).get('command')}' at {_batch_words(stack)}" for stack in timed})
+    baseline = find_baseline(stacks)
+    without = [stack.label for stack in timed if stack is not baseline and speedup(stack, baseline) is None]
+    text = f"Times were measured by {', '.join(ways)}."
+    if baseline is not None and without:
+        text += f" No speed-up is given for {', '.join(without)}: not timed by the same command, machine and batch size as {baseline.label}."
+    return text
+
+
+def _batch_words(stack: Stack) -> str:
+    batch = timing_batch(stack)
+    return f"batch size {batch}" if batch else "an unrecorded batch size"
+
+
+# ---------------------------------------------------------------- formats
+
+
+def format_value(name: str, value: float) -> str:
+    """A metric's value with the digits that are worth reading."""
+    if name not in METRICS:
+        return f"{value:.4g}"
+    digits = METRICS[name][2]
+    return f"{value:.1f}" if digits == 2 and abs(value) >= 100 else f"{value:.{digits}f}"
+
+
+def _plain(value: float | None, marks: str = "") -> Cell:
+    if value is None:
+        return Cell(MISSING)
+    text = f"{value:.0f}" if value == round(value) or value >= 100 else f"{value:.3g}"
+    return Cell(text, value, marks=marks)
+
+
+def _times(value: float | None, marks: str) -> Cell:
+    return Cell(MISSING) if value is None else Cell(f"{value:.1f}x" if value < 100 else f"{value:.0f}x", value, marks=marks)
+
+
+def _bytes(value: float | None, marks: str) -> Cell:
+    if value is None:
+        return Cell(MISSING)
+    amount = value
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000 or unit == "GB":
+            break
+        amount /= 1000
+    return Cell(f"{amount:.3g} {unit}" if amount < 1000 else f"{amount:.0f} {unit}", value, marks=marks)
+
+
+def to_csv(table: MetricTable) -> str:
+    """Full-precision values; next to each metric a column saying whether it is comparable with published numbers."""
+    header = ["stack", "role", "simulated", "passes", "tokens_per_pass", "ms_per_image", "speedup", "weight_bytes", "peak_mem_bytes"]
+    for column in table.columns:
+        reference = [f"reference {column.reference_sha256[:16]}"] if column.reference_sha256 else []
+        name = column.name + "".join(f" [{text}]" for text in [*column.details, *reference])
+        header += [name, f"{name} comparable"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for stack in table.stacks:
+        costs = [stack.passes, number(stack.cost.get("tokens_per_pass")), stack.ms_per_image, speedup(stack, table.baseline)]
+        costs += [number(stack.cost.get(key)) for key in ("weight_bytes", "peak_mem_bytes")]
+        row: list[Any] = [_spreadsheet_safe(stack.label), stack.role, str(stack.simulated).lower(), *map(_csv_number, costs)]
+        for column in table.columns:
+            metric = stack.metrics.get(column)
+            comparable = "" if metric is None else str(metric.get("comparable") is not False).lower()
+            row += [_csv_number(stack.value(column)), comparable]
+        writer.writerow(row)
+    return text.getvalue()
+
+
+def _csv_number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
+
+
+def _spreadsheet_safe(text: str) -> str:
+    """A leading formula character is quoted, so that a spreadsheet shows the name instead of running it."""
+    return f"'{text}" if text[:1] in "=+-@\t" else text
+
+
+def to_markdown(table: MetricTable) -> str:
+    """A pipe table with the footnotes under it."""
+    header = ["stack", *table.cost_titles, *(_heading(table, column) for column in table.columns)]
+    lines = ["| " + " | ".join(map(_markdown_safe, header)) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
+    for stack, costs, cells in zip(table.stacks, table.cost_cells, table.metric_cells, strict=True):
+        values = [f"**{cell.text}**{cell.marks}" if cell.best else str(cell) for cell in [*costs, *cells]]
+        name = _markdown_safe(stack.label) + (SIMULATED if stack.simulated else "")
+        lines.append("| " + " | ".join([name, *values]) + " |")
+    return "\n".join(lines) + "\n" + "".join(f"\n{_markdown_safe(note)}\n" for note in note_lines(table))
+
+
+def _heading(table: MetricTable, column: Column) -> str:
+    details = table.own_details(column)
+    return " ".join(filter(None, [column.title, column.arrow, f"({', '.join(details)})" if details else ""]))
+
+
+def note_lines(table: MetricTable) -> list[str]:
+    """What all columns share, then the footnotes behind their marks."""
+    shared = [f"All metrics: {', '.join(table.shared_details)}."] if table.shared_details else []
+    return shared + [f"{mark} {text}".strip() for mark, text in table.footnotes]
+
+
+def _markdown_safe(text: str) -> str:
+    return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", " ".join(text.split()))
+
+
+def to_text(table: MetricTable, width: int = 100) -> str:
+    """Aligned plain text. Columns that do not fit into ``width`` characters go on in a further block under the same stacks."""
+    names = ["stack", *(stack.label + (SIMULATED if stack.simulated else "") for stack in table.stacks)]
+    columns = [[title, *(str(row[index]) for row in table.cost_cells)] for index, title in enumerate(table.cost_titles)]
+    for index, column in enumerate(table.columns):
+        columns.append([_heading(table, column), *(str(row[index]) + ("*" if row[index].best else "") for row in table.metric_cells)])
+    margin = max(map(len, names))
+    blocks: list[list[list[str]]] = [[]]
+    used = margin
+    for column in columns:
+        size = max(map(len, column)) + 2
+        if blocks[-1] and used + size > width:
+            blocks.append([])
+            used = margin
+        blocks[-1].append(column)
+        used += size
+    texts = [_aligned(names, block, margin) for block in blocks]
+    best = ["* best value of its column"] if any(cell.best for row in table.metric_cells for cell in row) else []
+    return "\n\n".join([*texts, "\n".join(best + note_lines(table))]).rstrip()
+
+
+def _aligned(names: Sequence[str], columns: Sequence[Sequence[str]], margin: int) -> str:
+    widths = [max(map(len, column)) for column in columns]
+    rows = []
+    for index, name in enumerate(names):
+        cells = (column[index].rjust(size) for column, size in zip(columns, widths, strict=True))
+        rows.append("  ".join([name.ljust(margin), *cells]).rstrip())
+    return "\n".join(rows)
+
+
+# ---------------------------------------------------------------- one paragraph
+
+
+def summary(stacks: Sequence[Stack], table: MetricTable) -> str:
+    """Sentences computed from the table, with no claim beyond it."""
+    count = len(stacks)
+    sentences = [f"This report shows {count} {'stack' if count == 1 else 'stacks'} of methods{_baseline_words(table.baseline)}."]
+    sentences += _quality_sentence(stacks, table) + _speed_sentence(stacks, table)
+    return " ".join(sentences)
+
+
+def _baseline_words(baseline: Stack | None) -> str:
+    if baseline is None:
+        return "; none of them is a plain autoregressive baseline"
+    passes = baseline.passes
+    cost = "" if passes is None else f" ({_plain(passes)} {'pass' if passes == 1 else 'passes'} an image)"
+    return f"; the baseline is {baseline.label}{cost}"
+
+
+def _quality_sentence(stacks: Sequence[Stack], table: MetricTable) -> list[str]:
+    column = next((column for column in table.columns if column.higher_is_better is not None), None)
+    if column is None:
+        return ["No quality metric was measured."]
+    ranked = [stack for stack in stacks if stack.role != "reference" and stack.value(column) is not None]
+    if not ranked:
+        return []
+    ranked.sort(key=lambda stack: stack.value(column), reverse=bool(column.higher_is_better))
+    superlative = "highest" if column.higher_is_better else "lowest"
+    detail = f" ({', '.join(column.details)})" if column.details else ""
+    best = ranked[0]
+    if len(ranked) == 1:
+        return [f"{best.label} has {column.title} {format_value(column.name, best.value(column))}{detail}."]
+    text = f"Best quality: {best.label} with the {superlative} {column.title}, {format_value(column.name, best.value(column))}{detail}"
+    follower = next((stack for stack in ranked if stack.role in ("student", "accelerated")), None)
+    if best is table.baseline and follower is not None:
+        text += f"; the closest other method is {follower.label} with {format_value(column.name, follower.value(column))}"
+    return [text + "."]
+
+
+def _speed_sentence(stacks: Sequence[Stack], table: MetricTable) -> list[str]:
+    baseline = table.baseline
+    methods = [stack for stack in stacks if stack.role in ("student", "accelerated") and not stack.simulated]
+    gains = [(gain, stack) for stack in methods if (gain := speedup(stack, baseline)) is not None]
+    if not methods or baseline is None:
+        return []
+    if gains:
+        highest = max(gain for gain, _ in gains)
+        gain, fastest = next(pair for pair in _by_quality(gains, table) if pair[0] >= 0.99 * highest)
+        times = f"{fastest.ms_per_image:.3g} against {baseline.ms_per_image:.3g} ms an image at {_batch_words(fastest)}"
+        verb = "Biggest measured speed-up" if gain >= 1 else "No measured speed-up; the fastest method"
+        return [f"{verb}: {fastest.label}, {_times(gain, '')} the speed of {baseline.label} ({times})."]
+    counted = [stack for stack in methods if stack.passes is not None]
+    if not counted or baseline.passes is None:
+        return ["No speed-up was measured."]
+    fewest = min(counted, key=lambda stack: stack.passes)
+    return [f"No speed-up was measured; {fewest.label} needs {_plain(fewest.passes)} instead of {_plain(baseline.passes)} passes an image."]
+
+
+def _by_quality(gains: Sequence[tuple[float, Stack]], table: MetricTable) -> list[tuple[float, Stack]]:
+    """(speed-up, stack) pairs with the better first metric first, so that the better of two equally fast stacks is named."""
+    column = next((column for column in table.columns if column.higher_is_better is not None), None)
+
+    def loss(pair: tuple[float, Stack]) -> float:
+        value = pair[1].value(column) if column else None
+        return math.inf if value is None else -value if column.higher_is_better else value
+
+    return sorted(gains, key=loss)
