@@ -76,7 +76,7 @@ class FlowSettings:
 class FlowCodebook:
     """A codebook made ready for the map; build it once with :func:`prepare_codebook` when mapping many tokens."""
 
-    vectors_UE: Tensor  # distinct vectors, scaled
+    vectors_EU: Tensor  # distinct vectors, scaled; transposed because (E, U) x (U, N) is the faster product by far
     augmented_FU: Tensor  # (E + 1, U): vectors and their squared lengths, so that log w is one addmm
     group_V: Tensor | None  # index of each code's vector; None when all vectors are distinct
     settings: FlowSettings
@@ -85,7 +85,7 @@ class FlowCodebook:
         """Log-probabilities of the distinct vectors."""
         if self.group_V is None:
             return logp_NV
-        mass_NU = logp_NV.new_zeros(logp_NV.shape[0], self.vectors_UE.shape[0])
+        mass_NU = logp_NV.new_zeros(logp_NV.shape[0], self.vectors_EU.shape[1])
         return mass_NU.index_add_(1, self.group_V, logp_NV.exp()).log()
 
     def split(self, group_N: Tensor, logp_NV: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def prepare_codebook(codebook_VE: Tensor, settings: FlowSettings | None = None) 
         vectors, group_V = codebook_VE, None
     vectors = vectors.to(settings.torch_dtype) * settings.scale
     augmented = torch.cat((vectors, vectors.square().sum(dim=1, keepdim=True)), dim=1).t().contiguous()
-    return FlowCodebook(vectors.contiguous(), augmented, group_V, settings)
+    return FlowCodebook(vectors.t().contiguous(), augmented, group_V, settings)
 
 
 def codebook_scale(codebook_VE: Tensor) -> float:
@@ -226,7 +226,7 @@ class _Rows:
         log_w, w = (buffer[: len(x)] for buffer in self._scratch)
         torch.addmm(self.logp, _features(x, t), self.book.augmented_FU, out=log_w)
         torch.softmax(log_w, dim=1, out=w)
-        return w, w @ self.book.vectors_UE
+        return w, (self.book.vectors_EU @ w.t()).t()
 
     def settle(self, w: Tensor, x: Tensor, t: float | Tensor, candidates: Tensor | None = None) -> None:
         """Record the rows whose weight is decisive (or all ``candidates``) and that were not recorded before."""
@@ -361,10 +361,10 @@ def _full_precision(like: Tensor) -> Iterator[None]:
 
 
 def _check_shapes(logp_NV: Tensor, noise_NE: Tensor, book: FlowCodebook) -> None:
-    num_codes = book.vectors_UE.shape[0] if book.group_V is None else book.group_V.shape[0]
-    expected = ((noise_NE.shape[0], num_codes), (logp_NV.shape[0], book.vectors_UE.shape[1]))
+    num_codes = book.vectors_EU.shape[1] if book.group_V is None else book.group_V.shape[0]
+    expected = ((noise_NE.shape[0], num_codes), (logp_NV.shape[0], book.vectors_EU.shape[0]))
     if (tuple(logp_NV.shape), tuple(noise_NE.shape)) != expected:
         raise InputError(
             f"flow map: logp {tuple(logp_NV.shape)} and noise {tuple(noise_NE.shape)} do not fit a codebook of {num_codes} x "
-            f"{book.vectors_UE.shape[1]}; expected (N, {num_codes}) and (N, {book.vectors_UE.shape[1]})."
+            f"{book.vectors_EU.shape[0]}; expected (N, {num_codes}) and (N, {book.vectors_EU.shape[0]})."
         )
