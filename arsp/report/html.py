@@ -16,7 +16,6 @@ from arsp.report import plots
 from arsp.report.samples import SampleGrid, collect_grids
 from arsp.report.tables import (
     SIMULATED,
-    Column,
     MetricTable,
     Record,
     Stack,
@@ -31,12 +30,18 @@ DEFAULT_TITLE = "arsp report"
 ROLE_TITLES = {"teacher": "teacher", "accelerated": "accelerated", "student": "student", "control": "control", "reference": "reference"}
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #5d646c; --page: #ffffff; --card: #f5f6f8; --line: #d9dce0; --best: #e2f0e6; --warn: #fdf3d8; }
+:root {
+  color-scheme: light dark;
+  --ink: #1c1e21; --soft: #5d646c; --page: #ffffff; --card: #f5f6f8; --line: #d9dce0; --best: #e2f0e6; --warn: #fdf3d8;
+}
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e6e6; --soft: #a2a9b1; --page: #15181b; --card: #1f2327; --line: #3a4046; --best: #1d3a2a; --warn: #3b3318; }
 }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 78rem; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+body {
+  margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 78rem;
+  background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif;
+}
 h1 { font-size: 1.75rem; margin: 0 0 .25rem; line-height: 1.2; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
 p { max-width: 48rem; margin: .5rem 0; }
@@ -56,14 +61,17 @@ figcaption small { display: block; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid var(--soft); font-weight: 600; }
+thead th { border-bottom: 2px solid var(--soft); font-weight: 600; white-space: normal; }
 th small { display: block; font-weight: 400; color: var(--soft); max-width: 11rem; white-space: normal; margin-left: auto; }
 tbody th { font-weight: 500; }
 tr.first td, tr.first th { border-top: 2px solid var(--line); }
 td.best { font-weight: 700; background: var(--best); }
 details { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; padding: .5rem .9rem; }
 summary { cursor: pointer; }
-pre { background: var(--card); padding: .6rem .8rem; border-radius: 6px; overflow-x: auto; font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre {
+  background: var(--card); padding: .6rem .8rem; border-radius: 6px; font-size: .85rem;
+  white-space: pre-wrap; overflow-wrap: anywhere;
+}
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .notes li { margin: .3rem 0; }
@@ -114,9 +122,9 @@ def render_html(report: Report) -> str:
     sections = [
         _samples(report),
         _metrics(report),
-        _plot("Quality over cost", "quality-cost", plots.quality_latency, report, "Scatter plot of quality over cost, one point for each stack."),
-        _plot("Accuracy by position", "positions", plots.position_maps, report, "Heat maps of token accuracy over the latent grid.", _POSITION_TEXT),
-        _plot("Training curves", "curves", plots.training_curves, report, "Curves over training time.", _curve_text(report)),
+        _plot("Quality over cost", "quality-cost", plots.quality_latency, report),
+        _plot("Accuracy by position", "positions", plots.position_maps, report, _POSITION_TEXT),
+        _plot("Training curves", "curves", plots.training_curves, report, _curve_text(report)),
         _runs(report),
         _notes(report),
     ]
@@ -169,13 +177,13 @@ def _samples(report: Report) -> str:
         return ""
     stacks = [stack for stack in report.stacks if stack.label in report.grids]
     figures = "\n".join(_sample_figure(stack, report) for stack in stacks)
-    ways = {report.grids[stack.label].how for stack in stacks}
-    same = f'<p class="soft">The same classes in the same order, {escape(ways.pop())}.</p>' if len(ways) == 1 and _is_matched(report) else ""
+    how = report.grids[stacks[0].label].how
+    same = f'<p class="soft">The same classes in the same order, {escape(how)}.</p>' if _is_matched(report) else ""
     return f'<section id="samples">\n<h2>Samples</h2>\n{same}\n<div class="grids">\n{figures}\n</div>\n</section>'
 
 
 def _is_matched(report: Report) -> bool:
-    return len(report.grids) > 1 and all("class" in grid.how for grid in report.grids.values())
+    return len(report.grids) > 1 and all(grid.matched for grid in report.grids.values())
 
 
 def _sample_figure(stack: Stack, report: Report) -> str:
@@ -203,13 +211,11 @@ def _named(stack: Stack, report: Report) -> str:
 
 def _metrics(report: Report) -> str:
     table = report.table
-    if not table.columns and not table.cost_titles:
+    if not table.headings:
         return ""
-    head = "".join(f"<th scope='col'>{escape(title)}</th>" for title in table.cost_titles)
-    head += "".join(_column_head(column, table.own_details(column)) for column in table.columns)
+    head = "".join(_column_head(title, details) for title, details in table.headings)
     rows = []
-    for index, stack in enumerate(table.stacks):
-        cells = [*table.cost_cells[index], *table.metric_cells[index]]
+    for index, (stack, cells) in enumerate(zip(table.stacks, table.rows, strict=True)):
         starts_group = index > 0 and stack.role != table.stacks[index - 1].role
         values = "".join(f"<td{' class=best' if cell.best else ''}>{escape(cell.text)}{_marks(cell.marks)}</td>" for cell in cells)
         rows.append(f"<tr{' class=first' if starts_group else ''}><th scope='row'>{_named(stack, report)}</th>{values}</tr>")
@@ -229,17 +235,16 @@ def _metrics(report: Report) -> str:
 </section>"""
 
 
-def _column_head(column: Column, details: Sequence[str]) -> str:
-    details = "".join(f"<small>{escape(text)}</small>" for text in details)
-    return f"<th scope='col'>{escape(column.title)} {column.arrow}{details}</th>"
+def _column_head(title: str, details: Sequence[str]) -> str:
+    return f"<th scope='col'>{escape(title)}{''.join(f'<small>{escape(text)}</small>' for text in details)}</th>"
 
 
 def _marks(marks: str) -> str:
     return f'<sup><a href="#notes" style="color:inherit;text-decoration:none">{escape(marks)}</a></sup>' if marks else ""
 
 
-def _plot(title: str, anchor: str, draw: Callable[[Sequence[Stack]], Figure | None], report: Report, alt: str, text: str = "") -> str:
-    """A figure drawn twice, for light and dark pages."""
+def _plot(title: str, anchor: str, draw: Callable[[Sequence[Stack]], Figure | None], report: Report, text: str = "") -> str:
+    """A figure drawn twice, for light and dark pages; nothing when it has nothing to draw."""
     images = []
     for dark in (False, True):
         with plots.theme(dark):
@@ -252,7 +257,10 @@ def _plot(title: str, anchor: str, draw: Callable[[Sequence[Stack]], Figure | No
     return f"""<section id="{anchor}">
 <h2>{escape(title)}</h2>
 {note}
-<figure class="plot"><picture><source media="(prefers-color-scheme: dark)" srcset="{dark_image}"><img src="{light}" alt="{escape(alt)}"></picture></figure>
+<figure class="plot"><picture>
+<source media="(prefers-color-scheme: dark)" srcset="{dark_image}">
+<img src="{light}" alt="{escape(f"{title} of {len(report.stacks)} stacks; the numbers are in the table of metrics.")}">
+</picture></figure>
 </section>"""
 
 
@@ -264,7 +272,8 @@ def _runs(report: Report) -> str:
 def _run_details(stack: Stack, record: Record) -> str:
     facts = {key: record.get(key) for key in ("id", "status", "started", "finished", "seed", "config_sha256", "run_dir")}
     facts |= {f"environment: {key}": value for key, value in (record.get("environment") or {}).items()}
-    rows = "".join(f"<dt>{escape(str(key))}</dt><dd>{escape(_plain_text(value))}</dd>" for key, value in facts.items() if value not in (None, "", {}, []))
+    known = {key: _plain_text(value) for key, value in facts.items() if value not in (None, "", {}, [])}
+    rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in known.items())
     argv = record.get("argv")
     command = f"<pre>{escape(shlex.join(map(str, argv)))}</pre>" if isinstance(argv, list) and argv else ""
     config = record.get("config") or {}

@@ -8,6 +8,7 @@ readers; a stack keeps its colour and marker through the whole report.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ def cost_axis(stacks: Sequence[Stack], column: Column) -> tuple[str, dict[str, f
     """Axis title and label -> cost: ms an image where two or more stacks were timed, else passes an image."""
     scored = [stack for stack in stacks if stack.value(column) is not None and stack.role != "reference"]
     timed = {stack.label: stack.ms_per_image for stack in scored if stack.ms_per_image}
-    counted = {stack.label: stack.passes for stack in scored if stack.passes}
+    counted = {stack.label: stack.passes for stack in scored if stack.passes and stack.passes > 0}
     if len(timed) >= 2 or (timed and not counted):
         return "milliseconds an image", timed
     return "network passes an image", counted
@@ -139,24 +140,26 @@ def draw_quality_latency(axes: Axes, stacks: Sequence[Stack]) -> None:
     axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1.2, linestyle="--", zorder=1)
     for stack, (x, y) in zip(shown, points, strict=True):
         color, marker = style[stack.label]
-        axes.plot(x, y, marker, color=color, markersize=9, markerfacecolor="none" if stack.simulated else color, markeredgewidth=1.6, zorder=3)
+        face = "none" if stack.simulated else color
+        axes.plot(x, y, marker, color=color, markersize=9, markerfacecolor=face, markeredgewidth=1.6, zorder=3)
     axes.set_xscale("log")
     _readable_log(axes, "x", [x for x, _ in points])
-    values = [y for _, y in points] + [stack.value(column) for stack in stacks if stack.role == "reference" and stack.value(column) is not None]
+    references = [(stack.label, stack.value(column)) for stack in stacks if stack.role == "reference" and stack.value(column) is not None]
+    values = [y for _, y in points] + [value for _, value in references]
     if min(values) > 0 and max(values) > 8 * min(values) and column.higher_is_better is not True:
         axes.set_yscale("log")
         _readable_log(axes, "y", values)
     else:
         axes.margins(y=0.18)
-    for stack in stacks:
-        if stack.role == "reference" and stack.value(column) is not None:
-            axes.axhline(stack.value(column), color="#999999", linewidth=1, linestyle=":")
-            axes.annotate(stack.label, (0, stack.value(column)), (4, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9)
+    for label, value in references:
+        axes.axhline(value, color="#999999", linewidth=1, linestyle=":")
+        axes.annotate(label, (0, value), (4, 3), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9)
     axes.grid(True, which="major")
     axes.set_xlabel(f"{title} (log scale)")
     axes.set_ylabel(" ".join(filter(None, [column.title, column.arrow, f"({', '.join(column.details)})" if column.details else ""])))
     axes.set_title("Quality over cost; dashed: Pareto front of the measured methods", loc="left")
-    _place_labels(axes, [(stack.label + (" (simulated)" if stack.simulated else ""), x, y) for stack, (x, y) in zip(shown, points, strict=True)], front)
+    names = [stack.label + (" (simulated)" if stack.simulated else "") for stack in shown]
+    _place_labels(axes, [(name, x, y) for name, (x, y) in zip(names, points, strict=True)], front)
 
 
 def _readable_log(axes: Axes, which: str, values: Sequence[float]) -> None:
@@ -206,7 +209,7 @@ def _line_boxes(axes: Axes, line: Sequence[tuple[float, float]]) -> list[tuple[f
     """Small boxes along a line, in display coordinates."""
     corners = axes.transData.transform(np.asarray(line))
     boxes = []
-    for start, end in zip(corners[:-1], corners[1:], strict=True):
+    for start, end in itertools.pairwise(corners):
         for x, y in np.linspace(start, end, max(2, int(np.hypot(*(end - start)) / 4))):
             boxes.append((x - 2, y - 2, x + 2, y + 2))
     return boxes
@@ -365,7 +368,7 @@ def _draw_curve(axes: Axes, stacks: Sequence[Stack], name: str) -> None:
     if min(seen) > 0 and max(seen) > 8 * min(seen) and higher is not True:
         axes.set_yscale("log")
         _readable_log(axes, "y", seen)
-    elif higher is True and 0 <= min(seen) and max(seen) <= 1:
+    elif higher is True and min(seen) >= 0 and max(seen) <= 1:
         axes.set_ylim(0, 1.02)
     if min(times) > 0 and max(times) > 30 * min(times):
         axes.set_xscale("log")

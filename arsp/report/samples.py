@@ -36,6 +36,7 @@ class SampleGrid:
     png: bytes
     pixels: np.ndarray
     how: str
+    matched: bool = False  # the same classes in the same order as the other grids
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _matched_grids(labelled: dict[str, _Images], warn: Callable[[str], None]) ->
         ids = by_class[label]
         order = [ids[c][k] for c in classes for k in range(count)] if few else [ids[c][k] for k in range(count) for c in classes]
         try:
-            grids[label] = _to_grid(images.load(order), count if few else len(classes), how)
+            grids[label] = _to_grid(images.load(order), count if few else len(classes), how, matched=True)
         except InputError as error:
             warn(f"{label}: {error.message}")
     return grids
@@ -177,16 +178,16 @@ def _own_grid(artifacts: Sequence[tuple[str, Path]], warn: Callable[[str], None]
     return None
 
 
-def _to_grid(images_N3HW: Tensor, columns: int | None, how: str) -> SampleGrid:
+def _to_grid(images_N3HW: Tensor, columns: int | None, how: str, matched: bool = False) -> SampleGrid:
     side = max(images_N3HW.shape[-2:])
     if side > MAX_SIDE:
         size = [max(1, round(edge * MAX_SIDE / side)) for edge in images_N3HW.shape[-2:]]
         reduced = interpolate(images_N3HW.float(), size=size, mode="bilinear", antialias=True, align_corners=False)
         images_N3HW = reduced.round().clamp(0, 255).to(torch.uint8)
-    return _encode(make_grid(images_N3HW, columns), how)
+    return _encode(make_grid(images_N3HW, columns), how, matched)
 
 
-def _encode(pixels_HW3: np.ndarray, how: str) -> SampleGrid:
+def _encode(pixels_HW3: np.ndarray, how: str, matched: bool = False) -> SampleGrid:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels_HW3)).save(buffer, format="PNG", optimize=True)
-    return SampleGrid(buffer.getvalue(), pixels_HW3, how)
+    return SampleGrid(buffer.getvalue(), pixels_HW3, how, matched)

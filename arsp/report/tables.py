@@ -41,6 +41,12 @@ _ROLE_WORDS = (  # first match wins; words of the stack name
     ("accelerated", {"sjd", "gsd", "spectr", "rsd", "lantern", "litevar", "code", "w8a8", "w4a8", "kv", "sparse", "speculative"}),
 )
 _TIMING_COMMANDS = ("bench", "speculate", "sample", "evaluate")  # where a latency is taken from, best first
+_COMPARABLE_NOTE = (
+    "Comparable inside this report only, not with published numbers: measured with a small feature network or with too few images."
+)
+_SIMULATED_NOTE = "the arithmetic of the method is imitated, so time and memory are not those of a real implementation."
+_COLUMN_NOTE = "n is the number of images behind a value. Values with different n, protocol or reference stand in columns of their own."
+_MEMORY_KEYS = ("weight_bytes", "kv_bytes", "peak_mem_bytes")
 _MACHINE_KEYS = ("machine", "hostname", "host", "cpu", "gpu", "device", "threads", "dtype")
 
 
@@ -100,10 +106,10 @@ class Stack:
         """Milliseconds for an image: from the throughput, else the median latency over the batch size."""
         cost = (self.timing or {}).get("cost") or {}
         rate = number(cost.get("images_per_s"))
-        if rate:
+        if rate is not None and rate > 0:
             return 1000.0 / rate
         latency = number((cost.get("latency_ms") or {}).get("p50"))
-        return None if latency is None else latency / (timing_batch(self) or 1)
+        return latency / (timing_batch(self) or 1) if latency is not None and latency > 0 else None
 
     def value(self, column: Column) -> float | None:
         metric = self.metrics.get(column)
@@ -123,25 +129,15 @@ class Cell:
 
 @dataclass
 class MetricTable:
-    """Stacks in reading order with one formatted cell for each cost and metric column."""
+    """Stacks in reading order with one formatted cell under each heading: (title, details) of speed, metrics, then memory."""
 
     stacks: list[Stack]
-    cost_titles: list[str]
     columns: list[Column]
-    cost_cells: list[list[Cell]]
-    metric_cells: list[list[Cell]]
+    headings: list[tuple[str, list[str]]]
+    rows: list[list[Cell]]
     footnotes: list[tuple[str, str]]
+    shared_details: list[str]  # image count and protocol where all metric columns agree on them: said once
     baseline: Stack | None
-
-    @property
-    def shared_details(self) -> list[str]:
-        """Image count and protocol where all metric columns agree on them: said once instead of in each heading."""
-        first = self.columns[0].details if len(self.columns) > 1 else []
-        return [text for text in first if all(text in column.details for column in self.columns)]
-
-    def own_details(self, column: Column) -> list[str]:
-        """What is left to say in the heading of one column."""
-        return [text for text in column.details if text not in self.shared_details]
 
 
 def number(value: Any) -> float | None:
@@ -159,7 +155,9 @@ def check_record(record: Any, source: str) -> Record:
     hint = "A record is the run.json of a run directory, or what a command prints with --json."
     if not isinstance(record, dict):
         raise InputError(f"{source}: a record is a JSON object, found {type(record).__name__}.", hint)
-    wanted = {"stack": dict, "cost": dict, "environment": dict, "config": dict, "curves": dict, "metrics": list, "artifacts": list, "parents": list}
+    wanted = dict.fromkeys(("stack", "cost", "environment", "config", "curves"), dict) | dict.fromkeys(
+        ("metrics", "artifacts", "parents"), list
+    )
     for key, kind in wanted.items():
         if record.get(key) is not None and not isinstance(record[key], kind):
             raise InputError(f"{source}: '{key}' of the record is {type(record[key]).__name__}, expected {kind.__name__}.", hint)
@@ -288,10 +286,14 @@ def metric_table(stacks: Sequence[Stack]) -> MetricTable:
     """The table every output shows: passes, time and memory first, then the metrics in their usual order."""
     baseline = find_baseline(stacks)
     columns = metric_columns(stacks)
-    best = {column: _best(stacks, column) for column in columns}
-    titles, cost_rows = _cost_cells(stacks, baseline)
-    metric_rows = [[_metric_cell(stack, column, best[column]) for column in columns] for stack in stacks]
-    return MetricTable(list(stacks), titles, columns, cost_rows, metric_rows, _footnotes(stacks, columns, titles), baseline)
+    shared = [text for text in columns[0].details if all(text in column.details for column in columns)] if len(columns) > 1 else []
+    speed, memory = _cost_columns(stacks, baseline)
+    headings = [(title, []) for title in speed]
+    headings += [(f"{column.title} {column.arrow}".strip(), [text for text in column.details if text not in shared]) for column in columns]
+    headings += [(title, []) for title in memory]
+    cells = [*speed.values(), *(_metric_cells(stacks, column) for column in columns), *memory.values()]
+    rows = [[column[index] for column in cells] for index in range(len(stacks))]
+    return MetricTable(list(stacks), columns, headings, rows, _footnotes(stacks, columns), shared, baseline)
 
 
 def find_baseline(stacks: Sequence[Stack]) -> Stack | None:
@@ -344,6 +346,11 @@ def _best(stacks: Sequence[Stack], column: Column) -> float | None:
     return max(known) if column.higher_is_better else min(known)
 
 
+def _metric_cells(stacks: Sequence[Stack], column: Column) -> list[Cell]:
+    best = _best(stacks, column)
+    return [_metric_cell(stack, column, best) for stack in stacks]
+
+
 def _metric_cell(stack: Stack, column: Column, best: float | None) -> Cell:
     metric, value = stack.metrics.get(column), stack.value(column)
     if metric is None or value is None:
@@ -355,50 +362,44 @@ def _metric_cell(stack: Stack, column: Column, best: float | None) -> Cell:
     return Cell(text, value, is_best, NOT_COMPARABLE if metric.get("comparable") is False else "")
 
 
-def _cost_cells(stacks: Sequence[Stack], baseline: Stack | None) -> tuple[list[str], list[list[Cell]]]:
-    """Cost columns that at least one stack has a value for."""
-    makers = {
-        "Passes": lambda stack: _plain(stack.passes),
-        "Tokens/pass": lambda stack: _plain(number(stack.cost.get("tokens_per_pass"))),
-        "ms/image": lambda stack: _plain(stack.ms_per_image, SIMULATED if stack.simulated else ""),
-        "Speed-up": lambda stack: _times(speedup(stack, baseline), SIMULATED if stack.simulated else ""),
-        "Weights": lambda stack: _bytes(number(stack.cost.get("weight_bytes")), SIMULATED if stack.simulated else ""),
-        "Peak memory": lambda stack: _bytes(number(stack.cost.get("peak_mem_bytes")), SIMULATED if stack.simulated else ""),
+def _cost_columns(stacks: Sequence[Stack], baseline: Stack | None) -> tuple[dict[str, list[Cell]], dict[str, list[Cell]]]:
+    """Title -> cells of the speed columns and of the memory columns that at least one stack has a value for."""
+    marks = [SIMULATED if stack.simulated else "" for stack in stacks]
+
+    def filled(columns: dict[str, list[Cell]]) -> dict[str, list[Cell]]:
+        return {title: cells for title, cells in columns.items() if any(cell.value is not None for cell in cells)}
+
+    speed = {
+        "Passes": [_plain(stack.passes) for stack in stacks],
+        "Tokens/pass": [_plain(number(stack.cost.get("tokens_per_pass")) if stack.role == "accelerated" else None) for stack in stacks],
+        "ms/image": [_plain(stack.ms_per_image, mark) for stack, mark in zip(stacks, marks, strict=True)],
+        "Speed-up": [_times(speedup(stack, baseline), mark) for stack, mark in zip(stacks, marks, strict=True)],
     }
-    cells = {title: [make(stack) for stack in stacks] for title, make in makers.items()}
-    shown = [title for title, column in cells.items() if any(cell.value is not None for cell in column)]
-    if "ms/image" in shown and not {"Speed-up"} & set(shown) and baseline is not None and len(stacks) > 1:
-        shown.insert(shown.index("ms/image") + 1, "Speed-up")  # an empty column: the footnote says why
-    return shown, [[cells[title][row] for title in shown] for row in range(len(stacks))]
+    memory = {
+        title: [_bytes(number(stack.cost.get(key)), mark) for stack, mark in zip(stacks, marks, strict=True)]
+        for title, key in zip(("Weights", "Cache", "Peak memory"), _MEMORY_KEYS, strict=True)
+    }
+    return filled(speed), filled(memory)
 
 
-def _footnotes(stacks: Sequence[Stack], columns: Sequence[Column], cost_titles: Sequence[str]) -> list[tuple[str, str]]:
-    notes = []
+def _footnotes(stacks: Sequence[Stack], columns: Sequence[Column]) -> list[tuple[str, str]]:
+    notes: list[tuple[str, str]] = []
     if any(metric.get("comparable") is False for stack in stacks for metric in stack.metrics.values()):
-        notes.append(
-            (
-                NOT_COMPARABLE,
-                "Comparable inside this report only, not with published numbers: measured with a small feature network or with too few images.",
-            )
-        )
+        notes.append((NOT_COMPARABLE, _COMPARABLE_NOTE))
     simulated = [stack.label for stack in stacks if stack.simulated]
     if simulated:
-        notes.append(
-            (
-                SIMULATED,
-                f"Simulated ({', '.join(simulated)}): the arithmetic of the method is imitated, so time and memory are not those of a real implementation.",
-            )
-        )
-    if "ms/image" in cost_titles:
+        notes.append((SIMULATED, f"Simulated ({', '.join(simulated)}): {_SIMULATED_NOTE}"))
+    if any(stack.ms_per_image for stack in stacks):
         notes.append(("", _timing_note(stacks)))
     if any(column.n is not None for column in columns):
-        notes.append(("", "n is the number of images behind a value. Values with different n, protocol or reference stand in columns of their own."))
+        notes.append(("", _COLUMN_NOTE))
     hashes: dict[str, list[str]] = {}
     for column in columns:
         if column.reference_sha256 and column.title not in hashes.setdefault(column.reference_sha256, []):
             hashes[column.reference_sha256].append(column.title)
     if hashes:
-        notes.append(("", "Reference statistics (SHA-256): " + "; ".join(f"{', '.join(titles)} {digest[:16]}" for digest, titles in hashes.items()) + "."))
+        listed = "; ".join(f"{', '.join(titles)} {digest[:16]}" for digest, titles in hashes.items())
+        notes.append(("", f"Reference statistics (SHA-256): {listed}."))
     return notes
 
 
@@ -409,7 +410,8 @@ def _timing_note(stacks: Sequence[Stack]) -> str:
     without = [stack.label for stack in timed if stack is not baseline and speedup(stack, baseline) is None]
     text = f"Times were measured by {', '.join(ways)}."
     if baseline is not None and without:
-        text += f" No speed-up is given for {', '.join(without)}: not timed by the same command, machine and batch size as {baseline.label}."
+        same = f"by the same command, on the same machine and at the same batch size as {baseline.label}"
+        text += f" No speed-up is given for {', '.join(without)}: not timed {same}."
     return text
 
 
@@ -453,7 +455,7 @@ def _bytes(value: float | None, marks: str) -> Cell:
 
 def to_csv(table: MetricTable) -> str:
     """Full-precision values; next to each metric a column saying whether it is comparable with published numbers."""
-    header = ["stack", "role", "simulated", "passes", "tokens_per_pass", "ms_per_image", "speedup", "weight_bytes", "peak_mem_bytes"]
+    header = ["stack", "role", "simulated", "passes", "tokens_per_pass", "ms_per_image", "speedup", *_MEMORY_KEYS]
     for column in table.columns:
         reference = [f"reference {column.reference_sha256[:16]}"] if column.reference_sha256 else []
         name = column.name + "".join(f" [{text}]" for text in [*column.details, *reference])
@@ -463,7 +465,7 @@ def to_csv(table: MetricTable) -> str:
     writer.writerow(header)
     for stack in table.stacks:
         costs = [stack.passes, number(stack.cost.get("tokens_per_pass")), stack.ms_per_image, speedup(stack, table.baseline)]
-        costs += [number(stack.cost.get(key)) for key in ("weight_bytes", "peak_mem_bytes")]
+        costs += [number(stack.cost.get(key)) for key in _MEMORY_KEYS]
         row: list[Any] = [_spreadsheet_safe(stack.label), stack.role, str(stack.simulated).lower(), *map(_csv_number, costs)]
         for column in table.columns:
             metric = stack.metrics.get(column)
@@ -486,18 +488,18 @@ def _spreadsheet_safe(text: str) -> str:
 
 def to_markdown(table: MetricTable) -> str:
     """A pipe table with the footnotes under it."""
-    header = ["stack", *table.cost_titles, *(_heading(table, column) for column in table.columns)]
+    header = ["stack", *map(_heading, table.headings)]
     lines = ["| " + " | ".join(map(_markdown_safe, header)) + " |", "|" + "---|" + "---:|" * (len(header) - 1)]
-    for stack, costs, cells in zip(table.stacks, table.cost_cells, table.metric_cells, strict=True):
-        values = [f"**{cell.text}**{cell.marks}" if cell.best else str(cell) for cell in [*costs, *cells]]
+    for stack, row in zip(table.stacks, table.rows, strict=True):
+        values = [f"**{cell.text}**{cell.marks}" if cell.best else str(cell) for cell in row]
         name = _markdown_safe(stack.label) + (SIMULATED if stack.simulated else "")
         lines.append("| " + " | ".join([name, *values]) + " |")
     return "\n".join(lines) + "\n" + "".join(f"\n{_markdown_safe(note)}\n" for note in note_lines(table))
 
 
-def _heading(table: MetricTable, column: Column) -> str:
-    details = table.own_details(column)
-    return " ".join(filter(None, [column.title, column.arrow, f"({', '.join(details)})" if details else ""]))
+def _heading(heading: tuple[str, list[str]]) -> str:
+    title, details = heading
+    return f"{title} ({', '.join(details)})" if details else title
 
 
 def note_lines(table: MetricTable) -> list[str]:
@@ -513,9 +515,7 @@ def _markdown_safe(text: str) -> str:
 def to_text(table: MetricTable, width: int = 100) -> str:
     """Aligned plain text. Columns that do not fit into ``width`` characters go on in a further block under the same stacks."""
     names = ["stack", *(stack.label + (SIMULATED if stack.simulated else "") for stack in table.stacks)]
-    columns = [[title, *(str(row[index]) for row in table.cost_cells)] for index, title in enumerate(table.cost_titles)]
-    for index, column in enumerate(table.columns):
-        columns.append([_heading(table, column), *(str(row[index]) + ("*" if row[index].best else "") for row in table.metric_cells)])
+    columns = [[_heading(heading), *(str(row[i]) + "*" * row[i].best for row in table.rows)] for i, heading in enumerate(table.headings)]
     margin = max(map(len, names))
     blocks: list[list[list[str]]] = [[]]
     used = margin
@@ -527,7 +527,7 @@ def to_text(table: MetricTable, width: int = 100) -> str:
         blocks[-1].append(column)
         used += size
     texts = [_aligned(names, block, margin) for block in blocks]
-    best = ["* best value of its column"] if any(cell.best for row in table.metric_cells for cell in row) else []
+    best = ["* best value of its column"] if any(cell.best for row in table.rows for cell in row) else []
     return "\n\n".join([*texts, "\n".join(best + note_lines(table))]).rstrip()
 
 
