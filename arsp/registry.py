@@ -12,7 +12,10 @@ from typing import Any
 from arsp.errors import ConfigError, nearest
 
 # What arsp itself registers, so that a checkout that is not installed works too. pyproject.toml repeats it (a test compares them).
-BUILTINS: dict[str, dict[str, str]] = {}
+BUILTINS: dict[str, dict[str, str]] = {
+    "families": {"llamagen": "arsp.zoo.families:LLAMAGEN"},
+    "samplers": {"ar": "arsp.decode.ar:ARGenerator"},
+}
 
 _registered: dict[str, dict[str, Any]] = {}
 
@@ -42,7 +45,8 @@ class Registry:
         """The object called ``name``, imported now."""
         table = self._table()
         if name not in table:
-            raise ConfigError(f"unknown {self.kind.rstrip('s')} '{name}'", nearest(name, table))
+            singular = f"{self.kind[:-3]}y" if self.kind.endswith("ies") else self.kind.removesuffix("s")
+            raise ConfigError(f"unknown {singular} '{name}'", nearest(name, table))
         target = table[name]
         return load_target(target, f"{self.kind}: '{name}'") if isinstance(target, str) else target
 
