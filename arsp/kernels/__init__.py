@@ -49,7 +49,7 @@ def _decide() -> None:
 def set_backend(name: str) -> None:
     """Choose among ``BACKENDS`` for this process. ConfigError: unknown, or no op has such a kernel. ResourceError: ``cpu`` was
     asked for and the kernels cannot be compiled, or ``cuda`` and there is no such device."""
-    global _wanted, _reason
+    global _wanted, _kernel, _reason
     if name not in BACKENDS:
         raise ConfigError(f"unknown kernel back end {name!r}", nearest(name, BACKENDS))
     if name == "cuda":
@@ -57,7 +57,7 @@ def set_backend(name: str) -> None:
             raise ResourceError("--kernels cuda: no CUDA device is available", "Use --kernels auto.")
         raise ConfigError("--kernels cuda: no op has a CUDA kernel; torch's own are used on the GPU", "Use --kernels auto.")
     with _lock:
-        _wanted, _reason = name, None
+        _wanted, _kernel, _reason = name, None, None
     if name == "cpu":
         _decide()
         if _kernel is None:
@@ -94,4 +94,4 @@ def small_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     width = x_MK.shape[-1]
     if width == 0 or x_MK.numel() > MAX_ROWS * width:
         return reference.small_linear(x_MK, weight_NK)
-    return _kernel(x_MK.reshape(-1, width), weight_NK).view(*x_MK.shape[:-1], -1)
+    return _kernel(x_MK.reshape(-1, width), weight_NK).view(*x_MK.shape[:-1], weight_NK.shape[0])

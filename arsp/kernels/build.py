@@ -109,8 +109,7 @@ def _compile(target: Path) -> None:
         objects = []
         for source in (path for path in _source_files() if path.suffix == ".cpp"):
             objects.append(str(work / f"{source.stem}.o"))
-            abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-            _run([*compiler(), *COMPILE_FLAGS, abi, "-I", str(package / "include"), "-c", str(source), "-o", objects[-1]])
+            _run([*compiler(), *COMPILE_FLAGS, "-I", str(package / "include"), "-c", str(source), "-o", objects[-1]])
         libraries = ["-L", str(package / "lib"), "-ltorch_cpu", "-lc10"]
         _run([*compiler(), "-shared", *objects, *libraries, "-o", str(work / "library.so")])
         os.replace(work / "library.so", target)
@@ -132,7 +131,8 @@ def ensure_library() -> Path:
                 _compile(target)
                 log.info("compiled %s in %.1f s", target, time.perf_counter() - started)
     except OSError as error:
-        raise ResourceError(f"cannot write the kernel cache {target.parent}: {error.strerror}", "Set ARSP_CACHE to a writable folder.") from error
+        message = f"cannot write the kernel cache {target.parent}: {error.strerror}"
+        raise ResourceError(message, "Set ARSP_CACHE to a writable folder.") from error
     return target
 
 

@@ -18,9 +18,7 @@ torch.library.impl("arsp::small_linear", "CompositeExplicitAutograd", reference.
 @torch.library.register_fake("arsp::small_linear")
 def _(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     torch._check(x_MK.dim() == 2 and weight_NK.dim() == 2, lambda: "small_linear: expected x (M, K) and weight (N, K)")
-    torch._check(
-        x_MK.shape[1] == weight_NK.shape[1], lambda: f"small_linear: x has {x_MK.shape[1]} columns, weight {weight_NK.shape[1]}"
-    )
+    torch._check(x_MK.shape[1] == weight_NK.shape[1], lambda: f"small_linear: x has {x_MK.shape[1]} columns, weight {weight_NK.shape[1]}")
     return x_MK.new_empty((x_MK.shape[0], weight_NK.shape[0]))
 
 
