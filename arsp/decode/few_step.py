@@ -1,0 +1,157 @@
+"""Few-step sampling of a distilled student, alone or with its teacher in the loop (arXiv 2412.17153; docs/methods/dd1.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from arsp.decode.ar import keyed_choice
+from arsp.decode.filters import LogitsPipeline
+from arsp.errors import ConfigError
+from arsp.protocols import Capabilities, Decoder, Generation, Layout, Request
+from arsp.rng import Purpose, keyed_normal
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """``known`` = ascending counts of already final tokens, one per pass, the first 0 (one step: ``(0,)``); positions below
+    ``split`` are decoded from the nearest codes of the logits head, those behind from the continuous head (-1: all codes)."""
+
+    known: tuple[int, ...] = (0,)
+    split: int = -1
+
+    def check(self, num_tokens: int) -> None:
+        """ConfigError when the counts do not fit a sequence of ``num_tokens``."""
+        rising = all(a < b for a, b in zip(self.known, self.known[1:], strict=False))
+        if not self.known or self.known[0] != 0 or not rising or self.known[-1] >= num_tokens:
+            raise ConfigError(f"student steps {self.known}: expected ascending counts from 0 below {num_tokens}.")
+        if not -1 <= self.split <= num_tokens:
+            raise ConfigError(f"split {self.split}: expected -1 or 0..{num_tokens}.")
+
+
+def request_noise(request: Request, num_tokens: int, code_dim: int) -> Tensor:
+    """The noise trajectory ``(B, L, E)`` of each sample id: N(0, I), keyed by (seed, sample id, position)."""
+    positions = torch.arange(num_tokens, device=request.sample_ids_B.device)
+    return keyed_normal(request.seed, request.sample_ids_B[:, None], positions, code_dim, Purpose.NOISE)
+
+
+def nearest_codes(vectors: Tensor, codebook_VE: Tensor) -> Tensor:
+    """Ids of the nearest codebook rows: argmin |c|^2 - 2 <x, c> (|x|^2 cancels)."""
+    return (codebook_VE.square().sum(-1) - 2 * vectors @ codebook_VE.T).argmin(-1)
+
+
+def student_pass(student: nn.Module, labels_B: Tensor, x_BLE: Tensor, known: int, codebook_VE: Tensor) -> tuple[Tensor, Tensor]:
+    """One pass -> ``codes_BL`` and ``vectors_BLE``, the first ``known`` positions replaced by (the nearest code of) the input."""
+    known_B = torch.full_like(labels_B, known)
+    logits, vectors = student(labels_B, x_BLE, known_B)
+    codes = logits.argmax(-1)
+    if known:
+        codes[:, :known] = nearest_codes(x_BLE[:, :known], codebook_VE)
+        vectors[:, :known] = x_BLE[:, :known]
+    return codes, vectors
+
+
+def merge(codes_BL: Tensor, vectors_BLE: Tensor, split: int, codebook_VE: Tensor) -> Tensor:
+    """Codebook vectors before ``split``, continuous ones from it on."""
+    return torch.cat((codebook_VE[codes_BL[:, :split]], vectors_BLE[:, split:]), dim=1)
+
+
+class StudentGenerator:
+    """A distilled student as a Generator: ``len(known)`` passes an image, no guidance, no sampling."""
+
+    def __init__(self, student: nn.Module, codebook_VE: Tensor, layout: Layout, settings: FewStep):
+        settings.check(layout.num_tokens)
+        self.student, self.codebook_VE, self.layout, self.settings = student, codebook_VE, layout, settings
+        order = "raster" if layout.is_raster else "next-scale"
+        self.capabilities = Capabilities(order=order, codebook=True, teacher=False)
+
+    @property
+    def split(self) -> int:
+        return self.layout.num_tokens if self.settings.split < 0 else self.settings.split
+
+    @torch.inference_mode()
+    def generate(self, request: Request, callback: Callable[[int], None] | None = None) -> Generation:
+        noise = request_noise(request, self.layout.num_tokens, self.codebook_VE.shape[1]).to(self.codebook_VE)
+        return self.from_noise(request.labels_B.to(noise.device), noise, callback)
+
+    @torch.inference_mode()
+    def from_noise(self, labels_B: Tensor, noise_BLE: Tensor, callback: Callable[[int], None] | None = None) -> Generation:
+        """Sample from given noise ``(B, L, E)``."""
+        x = noise_BLE
+        for known in self.settings.known:
+            x = torch.cat((x[:, :known], noise_BLE[:, known:]), dim=1)  # known part kept, ORIGINAL noise behind
+            codes, vectors = student_pass(self.student, labels_B, x, known, self.codebook_VE)
+            x = merge(codes, vectors, self.split, self.codebook_VE)
+            if callback:
+                callback(1)
+        embeddings = None if self.split >= self.layout.num_tokens else x
+        return Generation(codes, embeddings, {"passes": len(self.settings.known), "tokens_per_pass": codes.shape[1] / len(self.settings.known)})
+
+
+class TeacherLoopGenerator:
+    """``pre-trained-n-m``: the teacher regenerates tokens ``start``..``stop`` - 1, the student does the rest.
+
+    One student pass gives the prefix (none when ``start`` is 0), the teacher draws its tokens by its own rule, a last student
+    pass at ``stop`` known tokens fills in what follows.
+    """
+
+    def __init__(self, student: StudentGenerator, teacher: Decoder, pipeline: LogitsPipeline, start: int, stop: int):
+        if not 0 <= start < stop < student.layout.num_tokens:
+            raise ConfigError(f"teacher tokens {start}..{stop}: expected 0 <= start < stop < {student.layout.num_tokens}.")
+        self.student, self.teacher, self.pipeline, self.start, self.stop = student, teacher, pipeline, start, stop
+        self.capabilities = student.capabilities
+
+    @torch.inference_mode()
+    def generate(self, request: Request, callback: Callable[[int], None] | None = None) -> Generation:
+        one, book = self.student, self.student.codebook_VE
+        labels = request.labels_B.to(book.device)
+        noise = request_noise(request, one.layout.num_tokens, book.shape[1]).to(book)
+        codes = labels.new_zeros(len(labels), 0)
+        if self.start:
+            first, vectors = student_pass(one.student, labels, noise, 0, book)
+            codes = nearest_codes(merge(first, vectors, one.split, book), book)[:, : self.start]
+        codes = self.regenerate(request, codes, callback)
+        x = torch.cat((book[codes], noise[:, self.stop :]), dim=1)
+        final, vectors = student_pass(one.student, labels, x, self.stop, book)
+        final[:, : self.stop] = codes
+        embeddings = None if one.split >= one.layout.num_tokens else merge(final, vectors, one.split, book)
+        teacher_passes = self.stop - self.start
+        passes = (self.start > 0) + teacher_passes + 1
+        return Generation(final, embeddings, {"passes": passes, "teacher_passes": teacher_passes, "tokens_per_pass": one.layout.num_tokens / passes})
+
+    def regenerate(self, request: Request, prefix_Bs: Tensor, callback: Callable[[int], None] | None = None) -> Tensor:
+        """Codes ``(B, stop)``: the prefix, then the teacher's own draws."""
+        state = self.teacher.start(request, capacity=self.stop)
+        logits = self.teacher.step(state, prefix_Bs if prefix_Bs.shape[1] else None)[:, -1:]
+        codes, choose = prefix_Bs, keyed_choice(request)
+        for position in range(self.start, self.stop):
+            new = choose(self.pipeline(logits), torch.tensor([position], device=prefix_Bs.device))
+            codes = torch.cat((codes, new), dim=1)
+            if callback:
+                callback(1)
+            if position + 1 < self.stop:
+                logits = self.teacher.step(state, new)
+        return codes
+
+
+def parse_teacher_range(text: str, num_tokens: int) -> tuple[int, int]:
+    """``"61-81"`` (1-based, end exclusive as published) -> ``(60, 80)``; ConfigError when it does not fit."""
+    try:
+        first, last = (int(part) for part in text.split("-"))
+    except ValueError as error:
+        raise ConfigError(f"teacher range '{text}': expected N-M, for example 1-{num_tokens // 4}.") from error
+    if not 1 <= first < last <= num_tokens:
+        raise ConfigError(f"teacher range '{text}': expected 1 <= N < M <= {num_tokens}.")
+    return first - 1, last - 1
+
+
+def step_counts(steps: int, num_tokens: int, intermediate: Sequence[int]) -> tuple[int, ...]:
+    """``--student-steps 1|2`` -> the counts of known tokens the student was trained for."""
+    if steps == 1:
+        return (0,)
+    if steps == 2 and intermediate:
+        return (0, int(intermediate[0]))
+    raise ConfigError(f"student steps {steps}: this student was trained for 1{' or 2' if intermediate else ''} steps of {num_tokens} tokens.")

@@ -1,0 +1,252 @@
+"""Names, bundles and official files -> loaded models. Everything about a model that needs no weights comes from :func:`resolve`."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from arsp.decode.guidance import Guidance
+from arsp.errors import ConfigError, InputError, nearest
+from arsp.protocols import Capabilities, Decoder, Layout
+from arsp.registry import Registry
+from arsp.runs import sha256_file
+from arsp.zoo import bundle
+from arsp.zoo.families import Family
+
+TINY = Path(__file__).parent / "tiny"
+FAMILIES = Registry("families")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What is known of a model before its weights are read."""
+
+    name: str
+    family: Family
+    kind: str  # "teacher" | "student" | "tokenizer"
+    config: dict[str, Any]
+    card: dict[str, Any]
+    path: Path | None  # bundle directory or official file; None: no weights here
+    origin: str  # "embedded" | "official" | "bundle" | "file"
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        condition = "text" if self.config.get("model_type") == "t2i" else "class"
+        teacher = self.kind == "teacher"
+        return Capabilities("raster", frozenset({condition}), rewind=teacher, codebook=True, teacher=teacher)
+
+    @property
+    def layout(self) -> Layout:
+        side = round(self.config["block_size"] ** 0.5)
+        return Layout.raster(side, side)
+
+
+@dataclass
+class LoadedModel:
+    """A model on its device: module, tokenizer, and where it came from."""
+
+    source: ModelSource
+    module: nn.Module
+    tokenizer: nn.Module | None
+    sha256: str | None  # of the weights file; None for random weights
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def codebook_VE(self) -> torch.Tensor:
+        """Codebook vectors that the tokenizer's decoder sees, float32."""
+        if self.tokenizer is None:
+            raise InputError(f"{self.name} has no tokenizer, and this needs its codebook.", "Give --tokenizer FILE.")
+        return self.tokenizer.codebook_VE.detach().float()
+
+    def decoder(self, guidance: Guidance) -> Decoder:
+        return self.source.family.decoder(self.module, guidance)
+
+    def weight_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.module.parameters())
+
+
+@functools.cache
+def cards() -> dict[str, dict[str, Any]]:
+    """All cards by name (the package's cards.yaml)."""
+    return yaml.safe_load((Path(__file__).parent / "cards.yaml").read_text())
+
+
+def card_names() -> list[str]:
+    return list(cards())
+
+
+def cache_root() -> Path:
+    """``$ARSP_CACHE`` or ``~/.cache/arsp``: downloaded checkpoints and derived statistics."""
+    return Path(os.environ.get("ARSP_CACHE") or Path.home() / ".cache" / "arsp")
+
+
+def resolve(name: str, *, tokenizer: str | None = None) -> ModelSource:
+    """Describe ``name``: a card, a bundle directory, a run directory holding one, or an official file. Reads no weights except
+    an official file's shapes. Raises ConfigError for an unknown name, InputError for an unusable path."""
+    if name in cards():
+        return _from_card(name, cards()[name], tokenizer)
+    path = Path(name)
+    if path.is_dir():
+        inner = path if (path / bundle.MANIFEST).exists() or not (path / "bundle").is_dir() else path / "bundle"
+        return _from_bundle(inner, name, {}, "bundle")
+    if path.is_file():
+        return _from_file(path, tokenizer)
+    if os.sep in name or path.suffix:
+        raise InputError(f"model '{name}': no such file or directory.", "See: arsp models ls")
+    raise ConfigError(f"unknown model '{name}'.", nearest(name, card_names()))
+
+
+def load_model(
+    name: str | ModelSource, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, tokenizer: str | None = None,
+    random_weights: bool = False, with_tokenizer: bool = True,
+) -> LoadedModel:  # fmt: skip
+    """Build and fill a model. ``random_weights`` needs no file (for cost measurements; images are noise)."""
+    source = resolve(name, tokenizer=tokenizer) if isinstance(name, str) else name
+    if source.kind == "tokenizer":
+        raise ConfigError(f"{source.name} is a tokenizer, not a model.")
+    family, digest = source.family, None
+    vq = _load_tokenizer(source, random_weights) if with_tokenizer else None
+    if random_weights:
+        module = _random(source)
+    else:
+        weights, digest = _weights(source)
+        with torch.device("meta"):
+            module = _build(source)
+        module.to_empty(device="cpu")
+        bundle.load_into(module, {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}, f"{source.name} ({source.path})")
+        module = module.to(dtype)
+    if vq is not None:
+        vq = vq.to(device).eval().requires_grad_(False)
+    if vq is not None and source.config["vocab_size"] != vq.codebook_VE.shape[0]:
+        raise ConfigError(f"{source.name} predicts {source.config['vocab_size']} codes, its tokenizer has {vq.codebook_VE.shape[0]}.", "Give the tokenizer it was trained with.")
+    return LoadedModel(source, module.to(device=device, dtype=dtype).eval().requires_grad_(False), vq, digest)
+
+
+def load_tokenizer(name: str) -> nn.Module:
+    """A tokenizer alone, from a tokenizer bundle or an embedded name."""
+    source = _from_bundle(TINY / name, name, {}, "embedded") if (TINY / name).is_dir() else resolve(name)
+    if source.kind != "tokenizer":
+        vq = _load_tokenizer(source, False)
+        if vq is None:
+            raise InputError(f"{name} has no tokenizer.")
+        return vq
+    weights = bundle.load_weights(source.path, "model.safetensors", bundle.read_manifest(source.path))
+    return _fill_tokenizer(source.family, source.config, weights, name)
+
+
+def verify(name: str) -> list[tuple[str, str]]:
+    """Check every weights file of a model against its manifest: (file, sha256) pairs. InputError on the first difference."""
+    source = resolve(name)
+    if source.path is None:
+        raise InputError(f"{name}: its weights are not on this machine.", _how_to_get(source))
+    if source.path.is_file():
+        return [(source.path.name, sha256_file(source.path))]
+    manifest = bundle.read_manifest(source.path)
+    for file in manifest["sha256"]:
+        bundle.load_weights(source.path, file, manifest)
+    return sorted(manifest["sha256"].items())
+
+
+def _from_card(name: str, card: dict[str, Any], tokenizer: str | None) -> ModelSource:
+    if "bundle" in card:
+        return _from_bundle(TINY / card["bundle"], name, card, "embedded")
+    family: Family = FAMILIES.get(card["family"])
+    config = family.complete({**family.variants[card["variant"]], **card["config"]})
+    vq = {"config": {**family.tokenizers[card["tokenizer"]], "image_size": card["image_size"]}, "file": tokenizer or _cached(card, "tokenizer")}
+    return ModelSource(name, family, card["kind"], config, card, _cached(card, "model"), "official", vq)
+
+
+def _from_bundle(path: Path, name: str, card: dict[str, Any], origin: str) -> ModelSource:
+    manifest = bundle.read_manifest(path)
+    family: Family = FAMILIES.get(manifest["family"])
+    merged = {**{k: v for k, v in manifest.items() if k not in ("config", "sha256")}, **card}
+    return ModelSource(name, family, manifest["kind"], manifest["config"], merged, path, origin, manifest.get("tokenizer") or {})
+
+
+def _from_file(path: Path, tokenizer: str | None) -> ModelSource:
+    family: Family = FAMILIES.get("llamagen")
+    _, config = family.read_official(path)
+    card = {"about": f"official layout file {path.name}", "kind": "teacher", "sampling": {"cfg": 2.0 if config["model_type"] == "c2i" else 7.5}}
+    if "block_size" not in config:
+        raise InputError(f"{path}: the resolution is not in the file; its name should say 256, 384 or 512.", "Rename it like the released files, e.g. c2i_B_256.pt")
+    vq = {"file": tokenizer, "config": None}
+    return ModelSource(path.stem, family, "teacher", family.complete(config), card, path, "file", vq)
+
+
+def _cached(card: dict[str, Any], which: str) -> Path | None:
+    """An official file in ``$ARSP_CACHE/checkpoints`` or in the Hugging Face cache."""
+    files = card.get("files")
+    if not files:
+        return None
+    local = cache_root() / "checkpoints" / files[which]
+    if local.is_file():
+        return local
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(files["repo"], files[which])
+    return Path(found) if isinstance(found, str) else None
+
+
+def _how_to_get(source: ModelSource) -> str:
+    files = source.card.get("files")
+    if not files:
+        return "No checkpoint of it was ever released; arsp bench --random-weights measures its cost."
+    folder = cache_root() / "checkpoints"
+    return f"Put {files['model']} and {files['tokenizer']} of huggingface.co/{files['repo']} into {folder}, or give the file's path as --model."
+
+
+def _build(source: ModelSource) -> nn.Module:
+    if source.kind == "student":
+        return source.family.build_student(source.config, source.card["code_dim"])
+    return source.family.build(source.config)
+
+
+def _random(source: ModelSource) -> nn.Module:
+    torch.manual_seed(0)
+    module = _build(source)
+    for parameter in module.parameters():
+        if parameter.ndim >= 2:
+            nn.init.normal_(parameter, std=0.02)
+    return module
+
+
+def _weights(source: ModelSource) -> tuple[dict[str, torch.Tensor], str]:
+    if source.path is None:
+        raise InputError(f"the weights of {source.name} are not on this machine.", _how_to_get(source))
+    if source.path.is_file():
+        return source.family.read_official(source.path)[0], sha256_file(source.path)
+    manifest = bundle.read_manifest(source.path)
+    return bundle.load_weights(source.path, "model.safetensors", manifest), manifest["sha256"]["model.safetensors"]
+
+
+def _load_tokenizer(source: ModelSource, random_weights: bool) -> nn.Module | None:
+    spec = source.tokenizer
+    if "bundle" in spec:
+        return load_tokenizer(spec["bundle"])
+    if spec.get("config") and source.path is not None and (source.path / "tokenizer.safetensors").exists():
+        weights = bundle.load_weights(source.path, "tokenizer.safetensors", bundle.read_manifest(source.path))
+        return _fill_tokenizer(source.family, spec["config"], weights, str(source.path))
+    if random_weights and spec.get("config"):
+        return source.family.build_tokenizer(spec["config"])
+    if spec.get("file"):
+        weights, config = source.family.read_official_tokenizer(Path(spec["file"]))
+        side = round(source.config["block_size"] ** 0.5)
+        return _fill_tokenizer(source.family, {**config, "image_size": side * 2 ** (len(config["ch_mult"]) - 1)}, weights, str(spec["file"]))
+    if source.origin == "official" and not random_weights:
+        raise InputError(f"the tokenizer of {source.name} is not on this machine.", _how_to_get(source))
+    return None
+
+
+def _fill_tokenizer(family: Family, config: dict[str, Any], weights: dict[str, torch.Tensor], where: str) -> nn.Module:
+    return bundle.load_into(family.build_tokenizer(config).float(), {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, where).eval()
