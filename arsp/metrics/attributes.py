@@ -1,7 +1,7 @@
 """Attribute accuracy on the embedded set: does an image show the requested shape, cleanly, in one of the palette's colours?
 
-The feature network names shape, colour, background, centre and radius; the position is snapped to the variant's legal grid and
-the image these attributes describe is drawn again. Then
+The feature network names shape, colour, background, centre and radius; centre and radius are snapped to the variant's legal grid
+and the image these attributes describe is drawn again. Then
 
 - ``class_accuracy``: share of images whose predicted shape is the requested label;
 - ``color_accuracy``: share of images whose mean RGB over the redrawn foreground (coverage > 0.9) is nearest to the predicted
@@ -11,7 +11,8 @@ the image these attributes describe is drawn again. Then
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,34 +25,57 @@ COLOR_RADIUS = 64.0  # the two nearest palette colours (red and orange) are 98 a
 SOLID_COVERAGE = 0.9
 
 
-def snap_position(pos_N3: Tensor, variant: str) -> dict[str, Tensor]:
-    """Network positions (cx / 16 - 1, cy / 16 - 1, r / 8 - 1) -> nearest legal radius index ``ri`` and centre ``cx``, ``cy``."""
+def _legal_centres(variant: str) -> Tensor:
+    """Legal centre coordinates by radius index, ``(3, most)``, padded with infinity."""
+    grids = [torch.tensor(shapes.centres(i, variant), dtype=torch.float32) for i in range(len(shapes.RADII))]
+    return torch.nn.utils.rnn.pad_sequence(grids, batch_first=True, padding_value=float("inf"))
+
+
+def snap_position(pos_N3: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+    """Network positions (cx / 16 - 1, cy / 16 - 1, r / 8 - 1) -> nearest legal radius index (N,) and centre indices (N, 2)."""
     legal = torch.tensor(shapes.radius_ids(variant))
     radii = torch.tensor(shapes.RADII, dtype=torch.float32)[legal]
     ri = legal[((pos_N3[:, 2:] + 1) * 8 - radii).abs().argmin(1)]
     centre_N2 = (pos_N3[:, :2] + 1) * 16
-    for i in legal.tolist():
-        grid = torch.tensor(shapes.centres(i, variant), dtype=torch.float32)
-        rows = ri == i
-        centre_N2[rows] = grid[(centre_N2[rows][..., None] - grid).abs().argmin(-1)]
-    return {"ri": ri, "cx": centre_N2[:, 0], "cy": centre_N2[:, 1]}
+    return ri, (centre_N2[..., None] - _legal_centres(variant)[ri][:, None]).abs().argmin(-1)
 
 
 def predict_attributes(net: FeatNet, images_u8_N3HW: Tensor, variant: str, batch_size: int = 256) -> shapes.Attributes:
-    """The legal attributes of ``variant`` that the network sees in each image."""
+    """The legal attributes of ``variant`` that the network sees in each image.
+
+    The centre is the one whose redrawing fits best among the snapped one and its neighbours on the legal grid.
+    """
     out = extract(net, images_u8_N3HW, batch_size)
-    return {key: out[key].argmax(1) for key in ("shape", "color", "bg")} | snap_position(out["pos"].clone(), variant)
+    attrs = {key: out[key].argmax(1) for key in ("shape", "color", "bg")}
+    attrs["ri"], index_N2 = snap_position(out["pos"], variant)
+    table = _legal_centres(variant)
+    last_N1 = (table.isfinite().sum(1) - 1)[attrs["ri"]][:, None]
+    best_N, best_N2 = torch.full((len(images_u8_N3HW),), float("inf")), torch.zeros(len(images_u8_N3HW), 2)
+    for shift in itertools.product((0, -1, 1), repeat=2):
+        near_N2 = torch.minimum((index_N2 + torch.tensor(shift)).clamp(min=0), last_N1)
+        centre_N2 = table[attrs["ri"][:, None], near_N2]
+        error_N = _in_batches(redraw_error, images_u8_N3HW, attrs | {"cx": centre_N2[:, 0], "cy": centre_N2[:, 1]}, batch_size)
+        better_N = error_N < best_N
+        best_N, best_N2 = torch.where(better_N, error_N, best_N), torch.where(better_N[:, None], centre_N2, best_N2)
+    return attrs | {"cx": best_N2[:, 0], "cy": best_N2[:, 1]}
 
 
-def compare_with_redrawn(images_u8_N3HW: Tensor, attrs: shapes.Attributes) -> tuple[Tensor, Tensor]:
-    """Per image: does the foreground show the colour of ``attrs`` (bool), and the mean absolute error of the redrawing (0..1)."""
-    x_N3HW = images_u8_N3HW.cpu().float()
+def _in_batches(fn: Callable[[Tensor, shapes.Attributes], Tensor], images_N3HW: Tensor, attrs: shapes.Attributes, size: int) -> Tensor:
+    rows = torch.arange(len(images_N3HW)).split(size)
+    return torch.cat([fn(images_N3HW[i].cpu().float(), shapes.select(attrs, i)) for i in rows])
+
+
+def redraw_error(x_N3HW: Tensor, attrs: shapes.Attributes) -> Tensor:
+    """Mean absolute difference (N,), 0..1, between float images on 0..255 and the images that ``attrs`` describe."""
+    return (x_N3HW - shapes.render(attrs).float()).abs().mean((1, 2, 3)) / 255
+
+
+def shows_color(x_N3HW: Tensor, attrs: shapes.Attributes) -> Tensor:
+    """Whether each float image on 0..255 shows the palette colour of ``attrs`` where they place the foreground (N, bool)."""
     solid_N1HW = (shapes.coverage(attrs) > SOLID_COVERAGE)[:, None]
     mean_N3 = (x_N3HW * solid_N1HW).sum((2, 3)) / solid_N1HW.sum((2, 3)).clamp(min=1)
-    palette_distance = torch.cdist(mean_N3, torch.tensor(shapes.COLOR_RGB, dtype=torch.float32))
-    distance, nearest = palette_distance.min(1)
-    error_N = (x_N3HW - shapes.render(attrs).float()).abs().mean((1, 2, 3)) / 255
-    return (nearest == attrs["color"]) & (distance <= COLOR_RADIUS), error_N
+    distance, nearest = torch.cdist(mean_N3, torch.tensor(shapes.COLOR_RGB, dtype=torch.float32)).min(1)
+    return (nearest == attrs["color"]) & (distance <= COLOR_RADIUS)
 
 
 def measure_attributes(
@@ -67,11 +91,8 @@ def measure_attributes(
     if labels is not None and len(labels) != num:
         raise InputError(f"{len(labels)} labels for {num} images.", "The labels must belong to these images, one each.")
     attrs = predict_attributes(net, images_u8_N3HW, variant, batch_size)
-    parts = [
-        compare_with_redrawn(images, shapes.select(attrs, rows))
-        for images, rows in zip(images_u8_N3HW.split(batch_size), torch.arange(num).split(batch_size), strict=True)
-    ]
-    color_ok, error = (torch.cat(column) for column in zip(*parts, strict=True))
+    color_ok = _in_batches(shows_color, images_u8_N3HW, attrs, batch_size)
+    error = _in_batches(redraw_error, images_u8_N3HW, attrs, batch_size)
     values = {"color_accuracy": color_ok.double().mean().item(), "render_error": error.double().mean().item()}
     if labels is not None:
         hits = attrs["shape"] == torch.as_tensor(list(labels), dtype=torch.int64)

@@ -232,25 +232,37 @@ def test_redrawing_true_attributes_is_exact_and_every_mask_has_pixels():
     attrs = shapes.select(shapes.all_attributes(), torch.arange(0, 74_400, 61))
     solid = (shapes.coverage(attrs) > attributes.SOLID_COVERAGE).sum((1, 2))
     assert solid.min() > 0, "a shape without a solid pixel has no measurable colour"
-    color_ok, error = attributes.compare_with_redrawn(shapes.render(attrs), attrs)
+    x = shapes.render(attrs).float()
+    color_ok, error = attributes.shows_color(x, attrs), attributes.redraw_error(x, attrs)
     assert color_ok.all() and error.max() == 0, f"{int((~color_ok).sum())} colours missed, worst error {error.max()}"
 
 
 def test_wrong_colour_claims_are_found():
     x, attrs = shapes.draw(200, 5)
-    color_ok, error = attributes.compare_with_redrawn(x, attrs | {"color": (attrs["color"] + 1) % 8})
-    assert not color_ok.any() and error.min() > 0
+    wrong = attrs | {"color": (attrs["color"] + 1) % 8}
+    assert not attributes.shows_color(x.float(), wrong).any() and attributes.redraw_error(x.float(), wrong).min() > 0
 
 
 @pytest.mark.parametrize("variant", shapes.VARIANTS)
 def test_true_positions_survive_snapping_with_noise(variant):
     attrs = shapes.attributes(500, 6, variant)
     r = torch.tensor(shapes.RADII)[attrs["ri"]]
-    pos = torch.stack((attrs["cx"] / 16 - 1, attrs["cy"] / 16 - 1, r / 8 - 1), 1) + 0.04 * (2 * torch.rand(500, 3) - 1)
-    snapped = attributes.snap_position(pos, variant)
-    for key in ("ri", "cx", "cy"):
-        wrong = int((snapped[key] != attrs[key]).sum())
-        assert wrong == 0, f"{key}: {wrong} of 500 snapped to another grid point"
+    noise = 0.04 * (2 * torch.rand(500, 3, generator=torch.Generator().manual_seed(0)) - 1)
+    pos = torch.stack((attrs["cx"] / 16 - 1, attrs["cy"] / 16 - 1, r / 8 - 1), 1) + noise
+    ri, index = attributes.snap_position(pos, variant)
+    centre = attributes._legal_centres(variant)[ri[:, None], index]
+    wrong = [int((a != b).sum()) for a, b in ((ri, attrs["ri"]), (centre[:, 0], attrs["cx"]), (centre[:, 1], attrs["cy"]))]
+    assert wrong == [0, 0, 0], f"radius, x, y snapped elsewhere in {wrong} of 500"
+
+
+def test_a_network_that_is_one_cell_off_is_corrected_by_redrawing(monkeypatch):
+    x, attrs = shapes.draw(100, 9)
+    r = torch.tensor(shapes.RADII)[attrs["ri"]]
+    pos = torch.stack(((attrs["cx"] + 2) / 16 - 1, (attrs["cy"] - 2) / 16 - 1, r / 8 - 1), 1)
+    eye = {key: torch.nn.functional.one_hot(attrs[key], 10).float() for key in ("shape", "color", "bg")}
+    monkeypatch.setattr(attributes, "extract", lambda net, images, batch_size: eye | {"pos": pos})
+    seen = attributes.predict_attributes(None, x, "shapes32")
+    assert all(torch.equal(seen[key], attrs[key]) for key in attrs), {key: int((seen[key] != attrs[key]).sum()) for key in attrs}
 
 
 def test_attribute_entries_need_matching_labels_and_size(source):
