@@ -24,19 +24,35 @@ RNG_NAMES = ("keyed", "torch")
 _MAX_NOISE_ELEMENTS = 1 << 22  # Gumbel noise held at once by draw_codes
 
 
-def decode_blocks(decoder: Decoder, request: Request, choose: Choose, pipeline: LogitsPipeline, callback: Callback | None = None) -> Generation:
-    """Fill ``codes_BL`` block by block: one pass of the decoder a block, codes from ``choose(pipeline(logits), positions)``."""
+def decode_blocks(
+    decoder: Decoder, request: Request, choose: Choose, pipeline: LogitsPipeline, callback: Callback | None = None, *,
+    prefix_Bp: Tensor | None = None, stop: int | None = None,
+) -> Generation:  # fmt: skip
+    """Fill ``codes_BL`` block by block: one pass of the decoder a block, codes from ``choose(pipeline(logits), positions)``.
+
+    ``prefix_Bp``: codes already known (whole blocks). ``stop``: blocks that begin at or behind this position are left at 0.
+    """
     layout, device = decoder.layout, request.sample_ids_B.device
-    codes_BL = torch.empty(request.batch_size, layout.num_tokens, dtype=torch.int64, device=device)
-    state, fed_Bn = decoder.start(request), None
+    codes_BL = torch.zeros(request.batch_size, layout.num_tokens, dtype=torch.int64, device=device)
+    known = 0 if prefix_Bp is None else prefix_Bp.shape[1]
+    fed_Bn = prefix_Bp if known else None
+    if known:
+        codes_BL[:, :known] = prefix_Bp
+    state, passes, filled = decoder.start(request), 0, 0
     for block in layout.blocks:
+        if block[0] < known or (stop is not None and block[0] >= stop):
+            continue
         positions_m = torch.tensor(block, dtype=torch.int64, device=device)
-        fed_Bn = choose(pipeline(decoder.step(state, fed_Bn)), positions_m)
+        logits_BmV = decoder.step(state, fed_Bn)[:, -len(block) :]
+        fed_Bn = choose(pipeline(logits_BmV), positions_m)
         codes_BL[:, positions_m] = fed_Bn
+        passes, filled = passes + 1, filled + len(block)
         if callback:
             callback(len(block))
-    passes = len(layout.blocks)
-    return Generation(codes_BL, stats={"passes": passes, "tokens_per_pass": layout.num_tokens / passes})
+    stats = {"passes": passes, "tokens_per_pass": filled / max(passes, 1)}
+    if hasattr(state, "peak_kv_bytes"):
+        stats["kv_bytes"] = state.peak_kv_bytes
+    return Generation(codes_BL, stats=stats)
 
 
 def draw_codes(log_p_BmV: Tensor, seed: int, sample_ids_B: Tensor, positions: Tensor, purpose: Purpose = Purpose.TOKEN) -> Tensor:

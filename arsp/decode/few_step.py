@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from arsp.decode.ar import keyed_choice
+from arsp.decode.ar import decode_blocks, keyed_choice
 from arsp.decode.filters import LogitsPipeline
 from arsp.errors import ConfigError
 from arsp.protocols import Capabilities, Decoder, Generation, Layout, Request
@@ -113,7 +113,9 @@ class TeacherLoopGenerator:
         if self.start:
             first, vectors = student_pass(one.student, labels, noise, 0, book)
             codes = nearest_codes(merge(first, vectors, one.split, book), book)[:, : self.start]
-        codes = self.regenerate(request, codes, callback)
+        choose = keyed_choice(request)
+        result = decode_blocks(self.teacher, request, choose, self.pipeline, callback, prefix_Bp=codes, stop=self.stop)
+        codes = result.codes_BL[:, : self.stop]
         x = torch.cat((book[codes], noise[:, self.stop :]), dim=1)
         final, vectors = student_pass(one.student, labels, x, self.stop, book)
         final[:, : self.stop] = codes
@@ -121,20 +123,6 @@ class TeacherLoopGenerator:
         teacher_passes = self.stop - self.start
         passes = (self.start > 0) + teacher_passes + 1
         return Generation(final, embeddings, {"passes": passes, "teacher_passes": teacher_passes, "tokens_per_pass": one.layout.num_tokens / passes})
-
-    def regenerate(self, request: Request, prefix_Bs: Tensor, callback: Callable[[int], None] | None = None) -> Tensor:
-        """Codes ``(B, stop)``: the prefix, then the teacher's own draws."""
-        state = self.teacher.start(request, capacity=self.stop)
-        logits = self.teacher.step(state, prefix_Bs if prefix_Bs.shape[1] else None)[:, -1:]
-        codes, choose = prefix_Bs, keyed_choice(request)
-        for position in range(self.start, self.stop):
-            new = choose(self.pipeline(logits), torch.tensor([position], device=prefix_Bs.device))
-            codes = torch.cat((codes, new), dim=1)
-            if callback:
-                callback(1)
-            if position + 1 < self.stop:
-                logits = self.teacher.step(state, new)
-        return codes
 
 
 def parse_teacher_range(text: str, num_tokens: int) -> tuple[int, int]:

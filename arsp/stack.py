@@ -1,0 +1,211 @@
+"""Recipe -> checked, built pipeline: model, tokenizer, guidance, sampler or student, and how its images are made.
+
+``check`` refuses impossible combinations from names and configurations alone, before any weight is read; ``build`` loads; a
+:class:`Stack` turns sample ids into uint8 images. Every command that needs images goes through here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from arsp.config import StrictModel
+from arsp.decode.baselines import MarginalGenerator, SkipGenerator, class_frequencies, parse_baseline
+from arsp.decode.few_step import FewStep, StudentGenerator, TeacherLoopGenerator, parse_teacher_range, step_counts
+from arsp.decode.filters import LogitsPipeline
+from arsp.decode.guidance import Guidance
+from arsp.errors import ConfigError, InputError
+from arsp.protocols import Generation, Generator, Request
+from arsp.registry import Registry
+from arsp.tokenizers.llamagen_vq import resize_for_evaluation, to_uint8
+from arsp.zoo.load import LoadedModel, ModelSource, cache_root, load_model, resolve
+
+SAMPLERS = Registry("samplers")
+
+
+class StackConfig(StrictModel):
+    """One pipeline. A value left at None comes from the model's card."""
+
+    model: str = Field("llamagen", description="zoo name, bundle, or official file")
+    tokenizer: str | None = Field(None, description="tokenizer file of an official GPT file")
+    sampler: str = Field("ar", description="how codes are drawn from a teacher")
+    rng: Literal["keyed", "torch"] = Field("keyed", description="keyed: image i depends on (seed, i) only; torch: multinomial stream")
+    cfg: float | None = Field(None, ge=0, description="guidance scale (<= 1 is off)")
+    cfg_interval: int = Field(-1, ge=-1, description="guide only the first codes, official counting (-1: all)")
+    temperature: float | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_h: float | None = Field(None, ge=0, le=1, description="share of the entropy kept (0: off)")
+    student_steps: int | None = Field(None, ge=1, le=2, description="passes of a distilled student (default 1)")
+    split: int | None = Field(None, ge=-1, description="codes before it come from the logits head, vectors behind from the other (-1: all codes)")
+    teacher_range: str | None = Field(None, description="N-M: the teacher regenerates codes N..M-1 (1-based) between two student passes")
+    baseline: str | None = Field(None, description="naive, mode or skip-N instead of the sampler")
+    random_weights: bool = Field(False, description="no checkpoint: cost only, the images are noise")
+    image_size: int | None = Field(None, ge=1, description="bicubic resize of the decoder's output before uint8")
+
+
+@dataclass
+class Stack:
+    """A built pipeline. ``generator`` makes codes, ``pixels`` decodes them."""
+
+    config: StackConfig
+    name: str
+    model: LoadedModel
+    generator: Generator
+    device: torch.device
+    pipeline: LogitsPipeline
+    guidance: Guidance
+    stats: dict[str, float] = field(default_factory=dict)
+    batch_seconds: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.source.config.get("num_classes", 0)
+
+    def request(self, sample_ids: Tensor, seed: int, labels: Tensor | None) -> Request:
+        return Request(sample_ids.to(self.device), seed, labels_B=None if labels is None else labels.to(self.device))
+
+    @torch.inference_mode()
+    def images(self, request: Request) -> Tensor:
+        """uint8 ``(B, 3, H, W)`` on the CPU for one batch; its wall-clock time and counters are kept in the stack."""
+        started = time.perf_counter()
+        generation = self.generator.generate(request)
+        images = self.decode(generation)
+        self.batch_seconds.append((request.batch_size, time.perf_counter() - started))
+        self.stats = dict(generation.stats)
+        return images
+
+    @torch.inference_mode()
+    def decode(self, generation: Generation) -> Tensor:
+        """uint8 images of codes, or of continuous vectors where the generation has them."""
+        vq = self.model.tokenizer
+        if vq is None:
+            raise InputError(f"{self.model.name} has no tokenizer to decode its codes.", "Give --tokenizer FILE.")
+        codes = generation.codes_BL
+        pixels = vq.decode_codes(codes) if generation.embeddings_BLE is None else vq.decode_embeddings(generation.embeddings_BLE)
+        if self.config.image_size is not None and self.config.image_size != pixels.shape[-1]:
+            pixels = resize_for_evaluation(pixels, self.config.image_size)
+        return to_uint8(pixels).cpu()
+
+    def batches(self, num: int, seed: int, labels: Tensor | None, batch_size: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(sample ids, images) for ids ``first .. num``, batch by batch."""
+        for ids in torch.arange(first, num).split(batch_size):
+            yield ids, self.images(self.request(ids, seed, None if labels is None else labels[ids]))
+
+    def describe(self) -> dict[str, Any]:
+        """The ``stack`` block of a record."""
+        source = self.model.source
+        return {
+            "name": self.name, "model": source.name, "kind": source.kind, "family": source.family.name, "origin": source.origin,
+            "weights_sha256": self.model.sha256, "dataset": source.card.get("dataset"), "sampler": self.config.baseline or ("student" if source.kind == "student" else self.config.sampler),
+            "cfg": self.guidance.scale, "cfg_interval": self.guidance.interval, "temperature": self.pipeline.temperature, "top_k": self.pipeline.top_k,
+            "top_p": self.pipeline.top_p, "top_h": self.pipeline.top_h, "rng": self.config.rng, "num_tokens": source.layout.num_tokens, "grid": list(source.layout.grid),
+        }  # fmt: skip
+
+    def cost(self) -> dict[str, Any]:
+        """The ``cost`` block of a record from the batches made so far (wall clock of codes + decoding)."""
+        per_image = sorted(seconds / rows * 1000 for rows, seconds in self.batch_seconds) or [None]
+        total = sum(seconds for _, seconds in self.batch_seconds)
+        return {
+            "passes": self.stats.get("passes"), "tokens_per_pass": self.stats.get("tokens_per_pass"), "kv_bytes": self.stats.get("kv_bytes"),
+            "latency_ms": {"p50": per_image[len(per_image) // 2], "p95": per_image[min(len(per_image) - 1, int(len(per_image) * 0.95))]},
+            "images_per_s": sum(rows for rows, _ in self.batch_seconds) / total if total else None,
+            "weight_bytes": self.model.weight_bytes(), "simulated": False,
+        }  # fmt: skip
+
+
+def check(config: StackConfig) -> ModelSource:
+    """Refuse an impossible stack before any weight is read; returns the resolved model."""
+    source = resolve(config.model, tokenizer=config.tokenizer)
+    if source.kind == "tokenizer":
+        raise ConfigError(f"{config.model} is a tokenizer, it generates nothing.", "See: arsp models ls")
+    tokens = source.layout.num_tokens
+    only_student = {"--student-steps": config.student_steps, "--split": config.split, "--teacher-range": config.teacher_range}
+    if source.kind == "teacher":
+        for option, value in only_student.items():
+            if value is not None:
+                raise ConfigError(f"{option} belongs to a distilled student; {source.name} is a teacher.", "Use --model llamagen-dd1, or distil your own.")
+        SAMPLERS.get(config.sampler)
+        if config.baseline:
+            parse_baseline(config.baseline, tokens)
+    else:
+        if config.baseline:
+            raise ConfigError(f"--baseline is a control made from a teacher; {source.name} is a student.", f"Use --model {source.card.get('teacher', 'llamagen')}.")
+        if config.sampler != "ar":
+            raise ConfigError(f"--sampler {config.sampler} needs an autoregressive teacher; {source.name} is a distilled student.")
+        sampling = {"--cfg": config.cfg, "--temperature": config.temperature, "--top-k": config.top_k, "--top-p": config.top_p, "--top-h": config.top_h}
+        given = [option for option, value in sampling.items() if value is not None]
+        if given and config.teacher_range is None:
+            raise ConfigError(f"{', '.join(given)}: a student has its teacher's rule baked in and does not sample.", "Drop it, or add --teacher-range N-M.")
+        FewStep(step_counts(config.student_steps or 1, tokens, source.card["known"][1:]), _split(config)).check(tokens)
+        if config.teacher_range:
+            parse_teacher_range(config.teacher_range, tokens)
+    return source
+
+
+def build(config: StackConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, log: Callable[[str], None] = lambda text: None) -> Stack:
+    """Check, load and connect. ``log`` is told about anything that takes long before the first image."""
+    source = check(config)
+    model = load_model(source, device, dtype, random_weights=config.random_weights)
+    teacher = model if source.kind == "teacher" else _teacher_of(source, config, device, dtype)
+    rule_of = teacher or model
+    guidance, pipeline = sampling_rule(rule_of.source.card, config)
+    if source.kind == "student":
+        settings = FewStep(step_counts(config.student_steps or 1, source.layout.num_tokens, source.card["known"][1:]), _split(config))
+        generator: Generator = StudentGenerator(model.module, model.codebook_VE.to(dtype), source.layout, settings)
+        name = f"{source.name} {config.student_steps or 1}-step"
+        if config.teacher_range:
+            first, stop = parse_teacher_range(config.teacher_range, source.layout.num_tokens)
+            generator, name = TeacherLoopGenerator(generator, teacher.decoder(guidance), pipeline, first, stop), f"{source.name} pre-trained-{config.teacher_range}"
+    else:
+        decoder = model.decoder(guidance)
+        ar = SAMPLERS.get(config.sampler)(decoder, pipeline, config.rng)
+        generator, name = (ar, source.name) if not config.baseline else (_baseline(config, model, decoder, pipeline, ar, log), f"{source.name} {config.baseline}")
+    return Stack(config, name, model, generator, torch.device(device), pipeline, guidance)
+
+
+def sampling_rule(card: dict[str, Any], config: StackConfig | Any) -> tuple[Guidance, LogitsPipeline]:
+    """Guidance and filters: the configuration's values, the card's where it is silent."""
+    rule = card.get("sampling") or {}
+    pick = lambda key, default: getattr(config, key) if getattr(config, key) is not None else rule.get(key, default)  # noqa: E731
+    guidance = Guidance(pick("cfg", 1.0), config.cfg_interval)
+    return guidance, LogitsPipeline(pick("temperature", 1.0), pick("top_k", 0), pick("top_p", 1.0), pick("top_h", 0.0))
+
+
+def _split(config: StackConfig) -> int:
+    return -1 if config.split is None else config.split
+
+
+def _teacher_of(source: ModelSource, config: StackConfig, device: torch.device | str, dtype: torch.dtype) -> LoadedModel | None:
+    if not config.teacher_range:
+        return None
+    name = source.card.get("teacher")
+    if not name:
+        raise ConfigError(f"{source.name} does not say which teacher it was distilled from.")
+    return load_model(name, device, dtype, with_tokenizer=False)
+
+
+def _baseline(config: StackConfig, model: LoadedModel, decoder: Any, pipeline: LogitsPipeline, ar: Generator, log: Callable[[str], None]) -> Generator:
+    kind, skip = parse_baseline(config.baseline, decoder.layout.num_tokens)
+    if kind == "skip":
+        return SkipGenerator(decoder, pipeline, model.codebook_VE.to(decoder.model.output.weight), skip)
+    num_classes = model.source.config["num_classes"]
+    num = 500 * num_classes
+    rule = f"{model.sha256}-{decoder.guidance}-{pipeline}-{num}"
+    cache = cache_root() / "frequencies" / f"{_digest(rule)}.safetensors"
+    if not cache.is_file():
+        log(f"counting the teacher's codes over {num} samples (kept in {cache})")
+    table = class_frequencies(ar, decoder.layout, num_classes, decoder.vocab_size, num=num, seed=1_000_003, cache=cache)
+    return MarginalGenerator(table, mode=kind == "mode")
+
+
+def _digest(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
