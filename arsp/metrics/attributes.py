@@ -78,15 +78,20 @@ def shows_color(x_N3HW: Tensor, attrs: shapes.Attributes) -> Tensor:
     return (nearest == attrs["color"]) & (distance <= COLOR_RADIUS)
 
 
-def measure_attributes(
-    images_u8_N3HW: Tensor, labels: Sequence[int] | None, net: FeatNet, variant: str = "shapes32", batch_size: int = 256
-) -> list[dict]:
-    """Metric entries ``class_accuracy`` (only with ``labels``), ``color_accuracy`` and ``render_error``. InputError on a mismatch."""
+def check_size(images_u8_N3HW: Tensor) -> None:
+    """InputError unless the images have the size of the embedded set."""
     if tuple(images_u8_N3HW.shape[1:]) != (3, IMAGE_SIZE, IMAGE_SIZE):
         size = f"{images_u8_N3HW.shape[3]}x{images_u8_N3HW.shape[2]}"
         raise InputError(
             f"acc is defined on the embedded set ({IMAGE_SIZE}x{IMAGE_SIZE}); these images are {size}.", "Leave acc out of --metric."
         )
+
+
+def measure_attributes(
+    images_u8_N3HW: Tensor, labels: Sequence[int] | None, net: FeatNet, variant: str = "shapes32", batch_size: int = 256
+) -> list[dict]:
+    """Metric entries ``class_accuracy`` (only with ``labels``), ``color_accuracy`` and ``render_error``. InputError on a mismatch."""
+    check_size(images_u8_N3HW)
     num = len(images_u8_N3HW)
     if labels is not None and len(labels) != num:
         raise InputError(f"{len(labels)} labels for {num} images.", "The labels must belong to these images, one each.")
