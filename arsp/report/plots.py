@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from arsp.report.tables import METRICS, POSITION_METRIC, Column, Stack, format_value, metric_columns, number
 
@@ -56,6 +56,7 @@ def theme(dark: bool = False) -> Iterator[None]:
         "legend.frameon": False,
         "lines.linewidth": 1.8,
         "svg.fonttype": "path",
+        "text.parse_math": False,  # names may hold dollar signs
     }
     with matplotlib.rc_context(settings):
         yield
@@ -171,8 +172,7 @@ def _readable_log(axes: Axes, which: str, values: Sequence[float]) -> None:
     axis.set_major_locator(LogLocator(base=10, subs=(1,) if high / low > 3000 else (1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
-    wide = high >= 1e5 or low < 1e-3
-    axis.set_major_formatter(LogFormatterSciNotation() if wide else StrMethodFormatter("{x:g}"))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _place_labels(axes: Axes, labels: Sequence[tuple[str, float, float]], line: Sequence[tuple[float, float]]) -> None:

@@ -1,0 +1,179 @@
+import csv
+import io
+
+import pytest
+
+from arsp.errors import InputError
+from arsp.report import tables
+
+
+def table_of(*records):
+    return tables.metric_table(tables.collect(records))
+
+
+def metric(name, value, n=100, **more):
+    return {"name": name, "value": value, "n": n, "protocol": "p", "reference_sha256": None, "comparable": True} | more
+
+
+def test_rows_are_ordered_teacher_then_students_by_passes_then_controls_then_references(record):
+    names = [
+        ("llamagen-mode", 1),
+        ("llamagen-dd1-1step", 1),
+        ("reconstruction", None),
+        ("llamagen", 16),
+        ("llamagen-dd1-2step", 2),
+        ("sjd", 9),
+    ]
+    stacks = tables.collect([record(name, fid=1.0, passes=passes) for name, passes in names])
+    assert [s.name for s in stacks] == ["llamagen", "sjd", "llamagen-dd1-2step", "llamagen-dd1-1step", "llamagen-mode", "reconstruction"]
+
+
+def test_a_role_declared_in_the_record_wins_over_the_name(record):
+    assert tables.stack_role(record("llamagen-dd1", stack={"name": "llamagen-dd1", "role": "control"})) == "control"
+
+
+def test_records_of_one_stack_share_a_row(record):
+    sample, evaluated = record(command="sample", ms=10.0, passes=16), record(fid=3.0)
+    (stack,) = tables.collect([sample, evaluated])
+    assert (len(stack.records), stack.passes, stack.ms_per_image) == (2, 16, 10.0)
+
+
+def test_two_models_of_one_name_get_rows_and_labels_of_their_own(record):
+    one = record("dd1", fid=3.0, stack={"name": "dd1", "model": "dd1"})
+    other = record("dd1", fid=9.0, stack={"name": "dd1", "model": "runs/fresh"}, id="other")
+    assert [s.label for s in tables.collect([one, other])] == ["dd1 (dd1)", "dd1 (fresh)"]
+
+
+def test_contradicting_values_of_one_stack_are_both_shown(record):
+    stacks = tables.collect([record(fid=3.0), record(fid=4.0, id="again")])
+    assert [s.label for s in stacks] == ["llamagen (#1)", "llamagen (#2)"]
+
+
+@pytest.mark.parametrize("change", [{"n": 50}, {"protocol": "other"}, {"reference_sha256": "b" * 64}])
+def test_values_measured_differently_never_share_a_column(record, change):
+    table = table_of(record("a", metrics=[metric("fid", 1.0)]), record("b", metrics=[metric("fid", 2.0, **change)]))
+    assert len(table.columns) == 2
+    assert not any(cell.best for row in table.rows for cell in row), "a column with one value has no best"
+
+
+def test_best_value_follows_the_direction_of_the_metric_and_skips_references(record):
+    rows = [("llamagen", 5.0, 0.9), ("llamagen-dd1", 7.0, 0.7), ("reconstruction", 1.0, 1.0)]
+    table = table_of(*[record(name, metrics=[metric("fid", fid), metric("class_accuracy", acc)]) for name, fid, acc in rows])
+    assert [[cell.text for cell in row if cell.best] for row in table.rows] == [["5.00", "0.900"], [], []]
+
+
+def test_an_unknown_metric_is_shown_without_a_direction(record):
+    table = table_of(record("a", metrics=[metric("sharpness", 1.23456)]), record("b", metrics=[metric("sharpness", 2.0)]))
+    assert table.headings[0][0] == "sharpness"
+    assert [cell.text for row in table.rows for cell in row if cell.value] == ["1.235", "2"]
+    assert not any(cell.best for row in table.rows for cell in row)
+
+
+def test_missing_and_null_values_are_a_dash(record):
+    table = table_of(record("a", metrics=[metric("fid", None)]), record("b", metrics=[metric("fid", 2.0)]))
+    assert [row[0].text for row in table.rows] == [tables.MISSING, "2.00"]
+
+
+def test_speedup_is_the_ratio_of_the_two_times(record):
+    teacher, student = tables.collect([record(ms=50.0), record("llamagen-dd1", ms=2.5)])
+    assert tables.speedup(student, teacher) == pytest.approx(20.0)
+    assert tables.speedup(teacher, teacher) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"command": "bench"}, {"environment": {"cpu": "another cpu"}}, {"cost": {"latency_ms": {"p50": 2.5}, "batch_size": 8}}, {"cost": {}}],
+)
+def test_no_speedup_between_times_measured_differently(record, change):
+    teacher, student = tables.collect([record(ms=50.0), record("llamagen-dd1", ms=2.5) | change])
+    assert tables.speedup(student, teacher) is None
+
+
+def test_a_benchmark_is_preferred_as_the_source_of_time(record):
+    (stack,) = tables.collect([record(command="bench", ms=4.0), record(command="sample", ms=9.0)])
+    assert stack.ms_per_image == 4.0
+
+
+def test_throughput_gives_the_time_of_an_image(record):
+    (stack,) = tables.collect([record(cost={"images_per_s": 200.0, "latency_ms": {"p50": 99.0}})])
+    assert stack.ms_per_image == pytest.approx(5.0)
+
+
+def test_honesty_bits_become_marks_and_footnotes(record):
+    table = table_of(record(fid=3.0), record("llamagen+w8a8", cost={"simulated": True, "latency_ms": {"p50": 3.0}}))
+    text = tables.to_text(table)
+    assert "3.00†" in text and "† Comparable inside this report only" in text
+    assert "llamagen+w8a8‡" in text and "‡ Simulated (llamagen+w8a8)" in text
+
+
+def test_csv_holds_full_precision_and_the_comparable_flag(record):
+    rows = list(csv.DictReader(io.StringIO(tables.to_csv(table_of(record(fid=3.123456789, passes=16))))))
+    column = "fid [n = 100] [shapes-cnn-v1] [reference aaaaaaaaaaaaaaaa]"
+    assert (rows[0]["stack"], rows[0]["passes"], rows[0][column], rows[0][f"{column} comparable"]) == (
+        "llamagen",
+        "16",
+        "3.123456789",
+        "false",
+    )
+
+
+def test_csv_never_starts_a_cell_with_a_formula(record):
+    rows = list(csv.reader(io.StringIO(tables.to_csv(table_of(record("=HYPERLINK(1)", fid=1.0))))))
+    assert rows[1][0] == "'=HYPERLINK(1)"
+
+
+def test_markdown_escapes_names_and_has_equal_columns_in_each_row(record):
+    text = tables.to_markdown(table_of(record("a|b *c*", fid=1.0, passes=2), record("d", fid=2.0)))
+    assert r"a\|b \*c\*" in text
+    widths = {line.replace(r"\|", "").count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(widths) == 1, f"pipes in the table's rows: {widths}"
+
+
+def test_plain_text_keeps_to_the_width_by_going_on_below(record):
+    names = ["fid", "kid", "is", "precision", "recall", "class_accuracy", "color_accuracy"]
+    table = table_of(*[record(f"stack-{i}", metrics=[metric(name, 0.5 + i) for name in names]) for i in range(3)])
+    body = tables.to_text(table, width=60).split("* best")[0]
+    assert max(map(len, body.splitlines())) <= 60
+    assert body.count("stack-0") > 1
+
+
+def test_summary_names_baseline_quality_and_measured_speedup(record):
+    records = [
+        record(fid=5.0, passes=16, ms=40.0),
+        record("llamagen-dd1", fid=9.0, passes=1, ms=2.0),
+        record("llamagen-mode", fid=90.0, passes=1, ms=1.0),
+    ]
+    stacks = tables.collect(records)
+    text = tables.summary(stacks, tables.metric_table(stacks))
+    assert "3 stacks" in text and "the baseline is llamagen (16 passes an image)" in text
+    assert "llamagen with the lowest FID, 5.00" in text and "closest other method is llamagen-dd1 with 9.00" in text
+    assert "20.0x the speed of llamagen" in text, f"controls are no methods: {text}"
+
+
+def test_summary_without_times_speaks_of_passes_only(record):
+    stacks = tables.collect([record(fid=5.0, passes=16), record("llamagen-dd1", fid=9.0, passes=1)])
+    text = tables.summary(stacks, tables.metric_table(stacks))
+    assert "No speed-up was measured; llamagen-dd1 needs 1 instead of 16 passes an image." in text
+
+
+def test_summary_of_a_record_without_metrics_makes_no_claim(record):
+    stacks = tables.collect([record()])
+    assert tables.summary(stacks, tables.metric_table(stacks)).endswith("No quality metric was measured.")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [],
+        {"a": 1},
+        {"metrics": 3},
+        {"metrics": [{"value": 1}]},
+        {"stack": "llamagen"},
+        {"metrics": [], "cost": {"latency_ms": 3}},
+        {"metrics": [], "curves": {"fid": [1, 2]}},
+        {"artifacts": [{"kind": "grid"}]},
+    ],
+)
+def test_a_malformed_record_is_an_input_error_that_names_its_source(bad):
+    with pytest.raises(InputError, match="the source"):
+        tables.check_record(bad, "the source")
