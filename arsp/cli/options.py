@@ -453,7 +453,7 @@ def _take_overrides(values: dict[str, Any], positionals: Mapping[str, Any]) -> l
     for name, default in positionals.items():
         value = values[name]
         if isinstance(value, (list, tuple)):
-            taken += [item for item in value if _is_override(str(item))]
+            taken += [str(item) for item in value if _is_override(str(item))]
             values[name] = [item for item in value if not _is_override(str(item))]
         elif value is not None and _is_override(str(value)):
             taken.append(str(value))
