@@ -32,32 +32,32 @@ def _legal_centres(variant: str) -> Tensor:
 
 
 def snap_position(pos_N3: Tensor, variant: str) -> tuple[Tensor, Tensor]:
-    """Network positions (cx / 16 - 1, cy / 16 - 1, r / 8 - 1) -> nearest legal radius index (N,) and centre indices (N, 2)."""
+    """Network positions (cx / 16 - 1, cy / 16 - 1, r / 8 - 1) -> nearest legal radius index (N,) and, for x and y, the two nearest
+    legal centres in pixels (N, 2, 2), nearest first."""
     legal = torch.tensor(shapes.radius_ids(variant))
     radii = torch.tensor(shapes.RADII, dtype=torch.float32)[legal]
     ri = legal[((pos_N3[:, 2:] + 1) * 8 - radii).abs().argmin(1)]
-    centre_N2 = (pos_N3[:, :2] + 1) * 16
-    return ri, (centre_N2[..., None] - _legal_centres(variant)[ri][:, None]).abs().argmin(-1)
+    table_N2G = _legal_centres(variant)[ri][:, None].expand(-1, 2, -1)
+    distance_N2G = ((pos_N3[:, :2, None] + 1) * 16 - table_N2G).abs()
+    return ri, table_N2G.gather(2, distance_N2G.topk(2, largest=False).indices)
 
 
-def predict_attributes(net: FeatNet, images_u8_N3HW: Tensor, variant: str, batch_size: int = 256) -> shapes.Attributes:
-    """The legal attributes of ``variant`` that the network sees in each image.
+def predict_attributes(net: FeatNet, images_u8_N3HW: Tensor, variant: str, batch_size: int = 256) -> tuple[shapes.Attributes, Tensor]:
+    """The legal attributes of ``variant`` that the network sees in each image, and their redrawing's error (N,).
 
-    The centre is the one whose redrawing fits best among the snapped one and its neighbours on the legal grid.
+    The network is good to a pixel, the grid is two pixels wide: of the two nearest centres per axis the best fitting one is taken.
     """
     out = extract(net, images_u8_N3HW, batch_size)
     attrs = {key: out[key].argmax(1) for key in ("shape", "color", "bg")}
-    attrs["ri"], index_N2 = snap_position(out["pos"], variant)
-    table = _legal_centres(variant)
-    last_N1 = (table.isfinite().sum(1) - 1)[attrs["ri"]][:, None]
-    best_N, best_N2 = torch.full((len(images_u8_N3HW),), float("inf")), torch.zeros(len(images_u8_N3HW), 2)
-    for shift in itertools.product((0, -1, 1), repeat=2):
-        near_N2 = torch.minimum((index_N2 + torch.tensor(shift)).clamp(min=0), last_N1)
-        centre_N2 = table[attrs["ri"][:, None], near_N2]
+    attrs["ri"], near_N22 = snap_position(out["pos"], variant)
+    best_N = torch.full((len(images_u8_N3HW),), float("inf"))
+    best_N2 = near_N22[:, :, 0]
+    for i, j in itertools.product((0, 1), repeat=2):
+        centre_N2 = torch.stack((near_N22[:, 0, i], near_N22[:, 1, j]), 1)
         error_N = _in_batches(redraw_error, images_u8_N3HW, attrs | {"cx": centre_N2[:, 0], "cy": centre_N2[:, 1]}, batch_size)
         better_N = error_N < best_N
         best_N, best_N2 = torch.where(better_N, error_N, best_N), torch.where(better_N[:, None], centre_N2, best_N2)
-    return attrs | {"cx": best_N2[:, 0], "cy": best_N2[:, 1]}
+    return attrs | {"cx": best_N2[:, 0], "cy": best_N2[:, 1]}, best_N
 
 
 def _in_batches(fn: Callable[[Tensor, shapes.Attributes], Tensor], images_N3HW: Tensor, attrs: shapes.Attributes, size: int) -> Tensor:
@@ -95,9 +95,8 @@ def measure_attributes(
     num = len(images_u8_N3HW)
     if labels is not None and len(labels) != num:
         raise InputError(f"{len(labels)} labels for {num} images.", "The labels must belong to these images, one each.")
-    attrs = predict_attributes(net, images_u8_N3HW, variant, batch_size)
+    attrs, error = predict_attributes(net, images_u8_N3HW, variant, batch_size)
     color_ok = _in_batches(shows_color, images_u8_N3HW, attrs, batch_size)
-    error = _in_batches(redraw_error, images_u8_N3HW, attrs, batch_size)
     values = {"color_accuracy": color_ok.double().mean().item(), "render_error": error.double().mean().item()}
     if labels is not None:
         hits = attrs["shape"] == torch.as_tensor(list(labels), dtype=torch.int64)

@@ -1,7 +1,8 @@
 """Is a sampler exact? Draw many sequences from an enumerable decoder and compare them with its joint law.
 
-Protocol, on the enumerable decoders of ``arsp.testing.tabular``: N >= 200 000 sequences a seed, Pearson chi-square with all cells expecting fewer than 10 merged into one, p > 1e-4 on every seed; the total variation to the
-joint is reported beside that of N independent multinomial draws, which is what sampling noise alone gives.
+Protocol, on the enumerable decoders of ``arsp.testing.tabular``: N >= 200 000 sequences a seed, Pearson chi-square with all cells
+expecting fewer than 10 merged into one, p > 1e-4 on every seed; the total variation to the joint is reported beside that of N
+independent multinomial draws, which is what sampling noise alone gives.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from arsp.decode.filters import LogitsPipeline
 from arsp.distill.flow import FlowSettings, keyed_noise, prepare_codebook, sample_through_map
 from arsp.errors import ConfigError, nearest
 from arsp.protocols import Generation, Generator, Request
+from arsp.registry import Registry
 from arsp.testing.tabular import TabularDecoder, random_tables, sequence_ids
 
 P_THRESHOLD = 1e-4  # an exact sampler fails one seed with this probability
@@ -45,13 +47,14 @@ class ExactReport:
         """The chi-square test does not reject at ``P_THRESHOLD``."""
         return self.p > P_THRESHOLD
 
-    def metric(self) -> dict[str, Any]:
-        """The entry of a record's ``metrics`` list."""
-        name = f"exact/{self.sampler}/seed{self.seed}/tv"
-        return {"name": name, "value": self.tv, "n": self.num, "protocol": "enumerable-joint", "comparable": True, **self.row()}
-
     def row(self) -> dict[str, Any]:
+        """All numbers and the verdict as a plain dictionary."""
         return {**asdict(self), "passed": self.passed}
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Entries of a record's ``metrics``: ``exact_tv`` and ``exact_p``, each with all numbers of this seed."""
+        shared = {"n": self.num, "protocol": "enumerable-joint", "reference_sha256": None, "comparable": True, **self.row()}
+        return [{"name": "exact_tv", "value": self.tv, **shared}, {"name": "exact_p", "value": self.p, **shared}]
 
 
 def count_sequences(codes_BL: Tensor, vocab_size: int) -> Tensor:
@@ -94,10 +97,10 @@ def run_exact(
 ) -> list[ExactReport]:
     """Draw ``num`` sequences a seed and report each seed's distance to the joint.
 
-    ``sampler``: a name of :data:`SAMPLERS` or any Generator bound to ``decoder``. ``decoder`` defaults to
-    :func:`default_testbed`. ``pipeline`` changes the law that is sampled *and* the joint it is compared with.
-    ``callback(number of sequences)`` is called after every batch. Seeds are independent; an exact sampler passes all three
-    default seeds with probability 0.9997.
+    ``sampler``: a name of :data:`SAMPLERS`, a registered sampler (called with the decoder), or any Generator bound to ``decoder``
+    (default: :func:`default_testbed`). ``pipeline`` changes the law that is sampled *and* the joint it is compared with.
+    ``callback(number of sequences)`` is called after every batch. An exact sampler passes all three default seeds with
+    probability 0.9997.
     """
     decoder = decoder or default_testbed()
     if pipeline is not None:
@@ -138,16 +141,33 @@ SAMPLERS: dict[str, tuple[str, Callable[[TabularDecoder], Generator]]] = {
 }
 
 
+def check_samplers(names: Sequence[str]) -> None:
+    """ConfigError for the first name that is neither in :data:`SAMPLERS` nor registered."""
+    for name in names:
+        _resolve(name)
+
+
 def _resolve(sampler: str | Generator) -> tuple[str, str, Callable[[TabularDecoder], Generator]]:
     if not isinstance(sampler, str):
         return type(sampler).__name__, "exact", lambda decoder: sampler
-    if sampler not in SAMPLERS:
-        raise ConfigError(f"sampler: unknown name {sampler!r}.", hint=nearest(sampler, SAMPLERS))
-    return (sampler, *SAMPLERS[sampler])
+    if sampler in SAMPLERS:
+        return (sampler, *SAMPLERS[sampler])
+    plug_ins = Registry("samplers")
+    if sampler not in plug_ins.names():
+        raise ConfigError(f"sampler: unknown name {sampler!r}.", hint=nearest(sampler, {*SAMPLERS, *plug_ins.names()}))
+    make = plug_ins.get(sampler)
+    return sampler, getattr(make, "exactness", "exact"), make
 
 
 def _report(
-    name: str, exactness: str, generator: Generator, decoder: TabularDecoder, num: int, seed: int, batch_size: int, callback: Callback | None
+    name: str,
+    exactness: str,
+    generator: Generator,
+    decoder: TabularDecoder,
+    num: int,
+    seed: int,
+    batch_size: int,
+    callback: Callback | None,
 ) -> ExactReport:
     joint = decoder.joint
     counts = torch.zeros_like(joint)

@@ -374,12 +374,12 @@ class _Job:
     def __init__(self, images_N3HW, reference, source, device, batch_size, options, advance):
         self.reference, self.source, self.device, self.options = reference, source, device, options
         self.num = len(images_N3HW)
-        needs_reference_images = reference.images_N3HW is not None
+        has_images = reference.images_N3HW is not None
         self.arguments = {
             "input1": _Images(images_N3HW, advance),
-            "input2": _Images(reference.images_N3HW, advance) if needs_reference_images else None,
+            "input2": _Images(reference.images_N3HW, advance) if has_images else None,
             "input1_cache_name": f"samples-{images_sha256(images_N3HW)[:32]}-{source.sha256[:32]}",
-            "input2_cache_name": f"reference-{reference.images_sha256[:32]}-{source.sha256[:32]}" if needs_reference_images else None,
+            "input2_cache_name": f"reference-{reference.images_sha256[:32]}-{source.sha256[:32]}" if has_images else None,
             "cache_root": _feature_cache(),
             "feature_extractor": source.extractor,
             "feature_extractor_weights_path": None if source.weights is None else str(source.weights),
@@ -402,8 +402,9 @@ class _Job:
             sizes |= {"kid_subsets": self.options.kid_subsets, "kid_subset_size": self.kid_subset_size}
             if self.kid_subset_size < self.options.kid_subset_size:
                 notice(f"kid: subsets of {self.kid_subset_size} images, as there are no more (asked for {self.options.kid_subset_size}).")
+        arguments = self.arguments | ({"input2": None} if list(metrics) == ["is"] else {})  # needs no reference: do not extract it
         try:
-            return torch_fidelity().calculate_metrics(**self.arguments, **flags, **sizes)
+            return torch_fidelity().calculate_metrics(**arguments, **flags, **sizes)
         except (RuntimeError, ValueError) as error:
             raise _translated(error, self.source) from error
 

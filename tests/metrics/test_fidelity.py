@@ -249,20 +249,22 @@ def test_true_positions_survive_snapping_with_noise(variant):
     r = torch.tensor(shapes.RADII)[attrs["ri"]]
     noise = 0.04 * (2 * torch.rand(500, 3, generator=torch.Generator().manual_seed(0)) - 1)
     pos = torch.stack((attrs["cx"] / 16 - 1, attrs["cy"] / 16 - 1, r / 8 - 1), 1) + noise
-    ri, index = attributes.snap_position(pos, variant)
-    centre = attributes._legal_centres(variant)[ri[:, None], index]
+    ri, near = attributes.snap_position(pos, variant)
+    centre = near[:, :, 0]
     wrong = [int((a != b).sum()) for a, b in ((ri, attrs["ri"]), (centre[:, 0], attrs["cx"]), (centre[:, 1], attrs["cy"]))]
     assert wrong == [0, 0, 0], f"radius, x, y snapped elsewhere in {wrong} of 500"
 
 
-def test_a_network_that_is_one_cell_off_is_corrected_by_redrawing(monkeypatch):
+def test_a_network_that_snaps_to_the_neighbouring_cell_is_corrected_by_redrawing(monkeypatch):
     x, attrs = shapes.draw(100, 9)
     r = torch.tensor(shapes.RADII)[attrs["ri"]]
-    pos = torch.stack(((attrs["cx"] + 2) / 16 - 1, (attrs["cy"] - 2) / 16 - 1, r / 8 - 1), 1)
+    pos = torch.stack(((attrs["cx"] + 1.5) / 16 - 1, (attrs["cy"] - 1.5) / 16 - 1, r / 8 - 1), 1)
     eye = {key: torch.nn.functional.one_hot(attrs[key], 10).float() for key in ("shape", "color", "bg")}
     monkeypatch.setattr(attributes, "extract", lambda net, images, batch_size: eye | {"pos": pos})
-    seen = attributes.predict_attributes(None, x, "shapes32")
-    assert all(torch.equal(seen[key], attrs[key]) for key in attrs), {key: int((seen[key] != attrs[key]).sum()) for key in attrs}
+    seen, error = attributes.predict_attributes(None, x, "shapes32")
+    assert error.max() == 0 and all(torch.equal(seen[key], attrs[key]) for key in attrs), {
+        key: int((seen[key] != attrs[key]).sum()) for key in attrs
+    }
 
 
 def test_attribute_entries_need_matching_labels_and_size(source):
@@ -277,6 +279,6 @@ def test_attribute_entries_need_matching_labels_and_size(source):
 
 @pytest.mark.skipif(not PACKAGED_WEIGHTS.is_file(), reason="the packaged weights are not trained yet")
 def test_real_images_have_nearly_perfect_attributes():
-    x, attrs = shapes.draw(1000, 8)
+    x, attrs = shapes.draw(300, 8)
     values = {e["name"]: e["value"] for e in attributes.measure_attributes(x, attrs["shape"].tolist(), load_featnet())}
     assert values["class_accuracy"] >= 0.99 and values["color_accuracy"] >= 0.99 and values["render_error"] < 0.02, values
