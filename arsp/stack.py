@@ -23,10 +23,12 @@ from arsp.decode.guidance import Guidance
 from arsp.errors import ConfigError, InputError
 from arsp.protocols import Generation, Generator, Request
 from arsp.registry import Registry
+from arsp.rng import keyed_labels
 from arsp.tokenizers.llamagen_vq import resize_for_evaluation, to_uint8
 from arsp.zoo.load import LoadedModel, ModelSource, cache_root, load_model, resolve
 
 SAMPLERS = Registry("samplers")
+DEFAULT_BATCH = 64  # images at a time where the user does not say
 
 
 class StackConfig(StrictModel):
@@ -209,3 +211,25 @@ def _digest(text: str) -> str:
     import hashlib
 
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def labels_for(stack: Stack, num: int, seed: int, classes: list[int] | None) -> Tensor | None:
+    """Class ids of samples 0..num: the given ones in turn, else uniform and keyed by (seed, sample id); None for text models."""
+    if "class" not in stack.model.source.capabilities.conditions:
+        return None
+    if classes:
+        return torch.tensor(classes, dtype=torch.int64).repeat(-(-num // len(classes)))[:num]
+    return keyed_labels(seed, torch.arange(num), stack.num_classes)
+
+
+def sample_images(
+    model: str, num: int, seed: int = 0, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, batch_size: int | None = None,
+    progress: Callable[[int], None] = lambda n: None, log: Callable[[str], None] = lambda text: None, classes: list[int] | None = None, **options: Any,
+) -> tuple[Tensor, list[int] | None, dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """``num`` uint8 images of a model, their labels, and the ``stack`` and ``cost`` blocks of a record. ``options``: StackConfig."""
+    stack = build(StackConfig(model=model, **options), device, dtype, log)
+    labels, parts = labels_for(stack, num, seed, classes), []
+    for ids, images in stack.batches(num, seed, labels, batch_size or DEFAULT_BATCH):
+        parts.append(images)
+        progress(len(ids))
+    return torch.cat(parts), None if labels is None else labels.tolist(), stack.describe(), stack.cost()

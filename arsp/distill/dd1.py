@@ -7,6 +7,8 @@ positions >= t. No image data is used anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -33,6 +35,7 @@ class DD1Task(Task):
         self.trained = student
         self.register_buffer("codebook", codebook_VE.detach().clone())
         self.config, self.training_set, self.held_out = config, training, held_out
+        self.probe: Callable[[nn.Module], dict[str, float]] | None = None  # further figures of the training curve
 
     def loss(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(self.training_set), (batch_size,), generator=generator)
@@ -51,7 +54,7 @@ class DD1Task(Task):
         for known in self.config.known[1:]:
             figures |= {f"heldout_{name}_t{known}": value for name, value in self._figures(module, known)[0].items()}
         figures["heldout_ce_shuffled_noise"] = self._figures(module, 0, shuffle=True)[0]["ce"]
-        return figures
+        return figures | (self.probe(module) if self.probe else {})
 
     def accuracy_by_position(self, module: nn.Module, known: int = 0) -> list[float]:
         """Share of held-out samples whose argmax at each position equals the trajectory's code."""

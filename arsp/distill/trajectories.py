@@ -100,6 +100,10 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    def rows(self, index: slice) -> Trajectories:
+        """A part of the set."""
+        return Trajectories(self.tokens_NL[index], self.labels_N[index], self.sample_ids_N[index], self.seed, self.code_dim)
+
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``codes_BL`` int64, ``labels_B`` int64 and the regenerated ``noise_BLE`` of these rows."""
         codes, labels = self.tokens_NL[rows].long(), self.labels_N[rows].long()
