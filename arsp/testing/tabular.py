@@ -122,15 +122,14 @@ def sequence_ids(codes_BL: Tensor, vocab_size: int) -> Tensor:
 def random_tables(vocab_size: int, length: int, seed: int, scale: float) -> list[Tensor]:
     """Softmax of Gaussian logits with standard deviation ``scale``, float64; a larger scale gives stronger dependence."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.softmax(scale * torch.randn(vocab_size**i, vocab_size, dtype=torch.float64, generator=generator), dim=-1) for i in range(length)
-    ]
+    sizes = [(vocab_size**i, vocab_size) for i in range(length)]
+    return [torch.softmax(scale * torch.randn(size, dtype=torch.float64, generator=generator), dim=-1) for size in sizes]
 
 
 def network_tables(vocab_size: int, length: int, seed: int, scale: float, width: int = 16) -> list[Tensor]:
     """Tables of random two-layer networks of the one-hot context: dependent like random tables, but sharing structure."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *size: torch.randn(*size, dtype=torch.float64, generator=generator)  # noqa: E731
+    draw = lambda *size: torch.randn(*size, dtype=torch.float64, generator=generator)
     tables = []
     for i in range(length):
         contexts = torch.arange(vocab_size**i)[:, None] // vocab_size ** torch.arange(i - 1, -1, -1) % vocab_size
