@@ -16,6 +16,7 @@ from arsp.report import plots
 from arsp.report.samples import SampleGrid, collect_grids
 from arsp.report.tables import (
     SIMULATED,
+    Cell,
     MetricTable,
     Record,
     Stack,
@@ -52,17 +53,19 @@ p { max-width: 48rem; margin: .5rem 0; }
 .grids { display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); }
 figure { margin: 0; }
 .grids figure { background: var(--card); border-radius: 8px; padding: .75rem; max-width: 34rem; }
-.grids img { width: 100%; display: block; image-rendering: pixelated; border-radius: 3px; }
+.grids img { width: 100%; height: auto; display: block; border-radius: 3px; }
 figcaption { margin-bottom: .5rem; line-height: 1.35; }
 figcaption small { display: block; }
 .plot img { max-width: 100%; height: auto; display: block; }
 .dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; vertical-align: bottom; }
+th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid var(--soft); font-weight: 600; white-space: normal; }
 th small { display: block; font-weight: 400; color: var(--soft); max-width: 11rem; white-space: normal; margin-left: auto; }
+td small { display: block; font-weight: 400; color: var(--soft); font-size: .78rem; }
+th, td { vertical-align: top; } thead th { vertical-align: bottom; }
 tbody th { font-weight: 500; }
 tr.first td, tr.first th { border-top: 2px solid var(--line); }
 td.best { font-weight: 700; background: var(--best); }
@@ -217,7 +220,7 @@ def _metrics(report: Report) -> str:
     rows = []
     for index, (stack, cells) in enumerate(zip(table.stacks, table.rows, strict=True)):
         starts_group = index > 0 and stack.role != table.stacks[index - 1].role
-        values = "".join(f"<td{' class=best' if cell.best else ''}>{escape(cell.text)}{_marks(cell.marks)}</td>" for cell in cells)
+        values = "".join(map(_table_cell, cells))
         rows.append(f"<tr{' class=first' if starts_group else ''}><th scope='row'>{_named(stack, report)}</th>{values}</tr>")
     legend = "Best value of each column in bold; ↑ higher is better, ↓ lower is better." if any(c.arrow for c in table.columns) else ""
     if table.shared_details:
@@ -236,7 +239,13 @@ def _metrics(report: Report) -> str:
 
 
 def _column_head(title: str, details: Sequence[str]) -> str:
+    title = title.replace(" ↑", "\u00a0↑").replace(" ↓", "\u00a0↓").replace("-", "\u2011")  # lines break between words only
     return f"<th scope='col'>{escape(title)}{''.join(f'<small>{escape(text)}</small>' for text in details)}</th>"
+
+
+def _table_cell(cell: Cell) -> str:
+    interval = f"<small>{escape(cell.interval)}</small>" if cell.interval else ""
+    return f"<td{' class=best' if cell.best else ''}>{escape(cell.text)}{_marks(cell.marks)}{interval}</td>"
 
 
 def _marks(marks: str) -> str:

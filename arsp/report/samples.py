@@ -26,12 +26,13 @@ from arsp.report.tables import Record, Stack
 PICTURE_KINDS = ("grid", "image-dir", "npz")
 MAX_CLASSES, MAX_PER_CLASS, MAX_IMAGES = 10, 4, 40
 MAX_SIDE = 128  # pixels; larger images are shown reduced
+MAX_SHOWN = 1400  # pixels; smaller grids are enlarged up to this
 MAX_NPZ_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """One picture of samples: PNG bytes, pixels uint8 (H, W, 3), and how the images were picked."""
+    """One picture of samples: PNG bytes (perhaps enlarged), pixels uint8 (H, W, 3), and how the images were picked."""
 
     png: bytes
     pixels: np.ndarray
@@ -188,6 +189,9 @@ def _to_grid(images_N3HW: Tensor, columns: int | None, how: str, matched: bool =
 
 
 def _encode(pixels_HW3: np.ndarray, how: str, matched: bool = False) -> SampleGrid:
+    """Small pictures are enlarged by a whole factor, so that a browser shows their pixels evenly."""
+    factor = max(1, min(4, MAX_SHOWN // max(pixels_HW3.shape[:2])))
+    enlarged = pixels_HW3.repeat(factor, axis=0).repeat(factor, axis=1)
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels_HW3)).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(np.ascontiguousarray(enlarged)).save(buffer, format="PNG", optimize=True)
     return SampleGrid(buffer.getvalue(), pixels_HW3, how, matched)

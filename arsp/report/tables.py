@@ -28,13 +28,15 @@ METRICS: dict[str, tuple[str, bool, int]] = {
     "recall": ("Recall", True, 3),
     "class_accuracy": ("Class accuracy", True, 3),
     "color_accuracy": ("Colour accuracy", True, 3),
+    "f_score": ("F-score", True, 3),
+    "render_error": ("Render error", False, 4),
 }
 POSITION_METRIC = "accuracy_by_position"
 NOT_COMPARABLE = "†"
 SIMULATED = "‡"
 MISSING = "–"
 ROLES = ("teacher", "accelerated", "student", "control", "reference")  # order of the rows
-_ROLE_WORDS = (  # first match wins; words of the stack name
+_ROLE_WORDS = (  # first match wins; words of the stack's name and sampler
     ("control", {"naive", "mode", "skip", "control"}),
     ("reference", {"real", "reconstruction", "reconstructions", "recon", "dataset"}),
     ("student", {"dd1", "dd2", "student", "distilled"}),
@@ -46,6 +48,7 @@ _COMPARABLE_NOTE = (
 )
 _SIMULATED_NOTE = "the arithmetic of the method is imitated, so time and memory are not those of a real implementation."
 _COLUMN_NOTE = "n is the number of images behind a value. Values with different n, protocol or reference stand in columns of their own."
+_INTERVAL_NOTE = "Small print under a value of the page (low and high in the CSV) is its 95 % interval over resampled images."
 _MEMORY_KEYS = ("weight_bytes", "kv_bytes", "peak_mem_bytes")
 _MACHINE_KEYS = ("machine", "hostname", "host", "cpu", "gpu", "device", "threads", "dtype")
 
@@ -74,9 +77,11 @@ class Column:
 
     @property
     def details(self) -> list[str]:
-        """Image count and protocol, in words."""
+        """Image count and protocol, in words; a protocol that starts with the metric it belongs to loses that part."""
         count = [f"n = {self.n}"] if self.n is not None else []
-        return count + ([self.protocol] if self.protocol else [])
+        head, _, rest = (self.protocol or "").partition("/")
+        protocol = rest if rest and head in (self.name, "prc") else self.protocol
+        return count + ([protocol] if protocol else [])
 
 
 @dataclass
@@ -122,6 +127,7 @@ class Cell:
     value: float | str | None = None
     best: bool = False
     marks: str = ""
+    interval: str = ""
 
     def __str__(self) -> str:
         return self.text + self.marks
@@ -186,12 +192,13 @@ def stack_name(record: Record) -> str:
 
 
 def stack_role(record: Record) -> str:
-    """``stack.role`` when the record says it, else read off the words of the stack's name."""
-    declared = (record.get("stack") or {}).get("role")
-    if declared in ROLES:
-        return declared
-    words = set(re.split(r"[^a-z0-9]+", stack_name(record).lower()))
-    return next((role for role, known in _ROLE_WORDS if words & known), "teacher")
+    """``stack.role`` when the record says it, else read off the stack's name, sampler and kind."""
+    stack = record.get("stack") or {}
+    if stack.get("role") in ROLES:
+        return stack["role"]
+    words = set(re.split(r"[^a-z0-9]+", f"{stack_name(record)} {stack.get('sampler') or ''}".lower()))
+    role = next((role for role, known in _ROLE_WORDS if words & known), "teacher")
+    return "student" if role == "teacher" and stack.get("kind") == "student" else role
 
 
 def collect(records: Iterable[Record]) -> list[Stack]:
@@ -269,14 +276,18 @@ def _positions_from_metrics(record: Record) -> list[Record]:
 
 
 def _make_labels_unique(stacks: Sequence[Stack]) -> None:
+    """Stacks of one name are told apart by the first of these that differs: model, weights, number in the report."""
     for name in {stack.name for stack in stacks}:
         twins = [stack for stack in stacks if stack.name == name]
         if len(twins) == 1:
             continue
-        models = [str((twin.records[0].get("stack") or {}).get("model") or "") for twin in twins]
-        distinct = len(set(models)) == len(models) and all(models)
-        for index, (twin, model) in enumerate(zip(twins, models, strict=True)):
-            twin.label = f"{name} ({model.rstrip('/').rsplit('/', 1)[-1]})" if distinct else f"{name} (#{index + 1})"
+        described = [twin.records[0].get("stack") or {} for twin in twins]
+        models = [str(stack.get("model") or "").rstrip("/").rsplit("/", 1)[-1] for stack in described]
+        weights = [str(stack.get("weights_sha256") or "")[:8] for stack in described]
+        numbers = [f"#{index + 1}" for index in range(len(twins))]
+        chosen = next(texts for texts in (models, weights, numbers) if len(set(texts)) == len(texts) and all(texts))
+        for twin, text in zip(twins, chosen, strict=True):
+            twin.label = f"{name} ({text})"
 
 
 # ---------------------------------------------------------------- stacks -> table
@@ -359,7 +370,15 @@ def _metric_cell(stack: Stack, column: Column, best: float | None) -> Cell:
     text = format_value(column.name, value)
     is_best = best is not None and stack.role != "reference" and text == format_value(column.name, best)
     text += f" ± {format_value(column.name, spread)}" if spread is not None else ""
-    return Cell(text, value, is_best, NOT_COMPARABLE if metric.get("comparable") is False else "")
+    low, high = _interval(metric)
+    interval = "" if low is None or high is None else f"{format_value(column.name, low)} to {format_value(column.name, high)}"
+    return Cell(text, value, is_best, NOT_COMPARABLE if metric.get("comparable") is False else "", interval)
+
+
+def _interval(metric: Record) -> tuple[float | None, float | None]:
+    """The 95 % interval of a value, where it was measured."""
+    bounds = metric.get("ci95")
+    return (number(bounds[0]), number(bounds[1])) if isinstance(bounds, list) and len(bounds) == 2 else (None, None)
 
 
 def _cost_columns(stacks: Sequence[Stack], baseline: Stack | None) -> tuple[dict[str, list[Cell]], dict[str, list[Cell]]]:
@@ -393,6 +412,8 @@ def _footnotes(stacks: Sequence[Stack], columns: Sequence[Column]) -> list[tuple
         notes.append(("", _timing_note(stacks)))
     if any(column.n is not None for column in columns):
         notes.append(("", _COLUMN_NOTE))
+    if any(_interval(metric)[0] is not None for stack in stacks for metric in stack.metrics.values()):
+        notes.append(("", _INTERVAL_NOTE))
     hashes: dict[str, list[str]] = {}
     for column in columns:
         if column.reference_sha256 and column.title not in hashes.setdefault(column.reference_sha256, []):
@@ -454,12 +475,13 @@ def _bytes(value: float | None, marks: str) -> Cell:
 
 
 def to_csv(table: MetricTable) -> str:
-    """Full-precision values; next to each metric a column saying whether it is comparable with published numbers."""
+    """Full-precision values; after each metric its 95 % interval and whether it is comparable with published numbers."""
     header = ["stack", "role", "simulated", "passes", "tokens_per_pass", "ms_per_image", "speedup", *_MEMORY_KEYS]
     for column in table.columns:
         reference = [f"reference {column.reference_sha256[:16]}"] if column.reference_sha256 else []
-        name = column.name + "".join(f" [{text}]" for text in [*column.details, *reference])
-        header += [name, f"{name} comparable"]
+        details = [f"n = {column.n}" if column.n is not None else "", column.protocol or "", *reference]
+        name = column.name + "".join(f" [{text}]" for text in details if text)
+        header += [name, f"{name} low", f"{name} high", f"{name} comparable"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -470,7 +492,7 @@ def to_csv(table: MetricTable) -> str:
         for column in table.columns:
             metric = stack.metrics.get(column)
             comparable = "" if metric is None else str(metric.get("comparable") is not False).lower()
-            row += [_csv_number(stack.value(column)), comparable]
+            row += [*map(_csv_number, (stack.value(column), *_interval(metric or {}))), comparable]
         writer.writerow(row)
     return text.getvalue()
 

@@ -32,6 +32,30 @@ def test_a_role_declared_in_the_record_wins_over_the_name(record):
     assert tables.stack_role(record("llamagen-dd1", stack={"name": "llamagen-dd1", "role": "control"})) == "control"
 
 
+@pytest.mark.parametrize(
+    "stack, role",
+    [
+        ({"name": "llamagen", "kind": "teacher", "sampler": "ar"}, "teacher"),
+        ({"name": "mine", "kind": "student", "sampler": "student"}, "student"),
+        ({"name": "mine", "kind": "teacher", "sampler": "skip-8"}, "control"),
+    ],
+)
+def test_kind_and_sampler_of_a_stack_give_its_role(record, stack, role):
+    assert tables.stack_role(record(stack=stack)) == role
+
+
+def test_a_heading_does_not_repeat_the_metric_that_its_protocol_starts_with():
+    assert tables.Column("fid", 100, "fid/shapes-cnn-v1/64").details == ["n = 100", "shapes-cnn-v1/64"]
+    assert tables.Column("recall", None, "prc/shapes-cnn-v1/64").details == ["shapes-cnn-v1/64"]
+    assert tables.Column("tv", None, "enumerable-joint").details == ["enumerable-joint"]
+
+
+def test_spread_and_interval_stand_beside_the_value(record):
+    table = table_of(record(metrics=[metric("fid", 12.5, ci95=[11.0, 14.25]), metric("kid", 0.01, std=0.002, ci95=None)]))
+    assert [(cell.text, cell.interval) for cell in table.rows[0]] == [("12.50", "11.00 to 14.25"), ("0.0100 ± 0.0020", "")]
+    assert next(csv.DictReader(io.StringIO(tables.to_csv(table))))["fid [n = 100] [p] low"] == "11"
+
+
 def test_records_of_one_stack_share_a_row(record):
     sample, evaluated = record(command="sample", ms=10.0, passes=16), record(fid=3.0)
     (stack,) = tables.collect([sample, evaluated])
@@ -39,9 +63,10 @@ def test_records_of_one_stack_share_a_row(record):
 
 
 def test_two_models_of_one_name_get_rows_and_labels_of_their_own(record):
-    one = record("dd1", fid=3.0, stack={"name": "dd1", "model": "dd1"})
-    other = record("dd1", fid=9.0, stack={"name": "dd1", "model": "runs/fresh"}, id="other")
-    assert [s.label for s in tables.collect([one, other])] == ["dd1 (dd1)", "dd1 (fresh)"]
+    stacks = [{"name": "dd1", "model": "dd1"}, {"name": "dd1", "model": "runs/fresh"}]
+    assert [s.label for s in tables.collect([record("dd1", stack=stack) for stack in stacks])] == ["dd1 (dd1)", "dd1 (fresh)"]
+    stacks = [{"name": "dd1", "model": "x", "weights_sha256": "a" * 64}, {"name": "dd1", "model": "x", "weights_sha256": "b" * 64}]
+    assert [s.label for s in tables.collect([record("dd1", stack=stack) for stack in stacks])] == ["dd1 (aaaaaaaa)", "dd1 (bbbbbbbb)"]
 
 
 def test_contradicting_values_of_one_stack_are_both_shown(record):
