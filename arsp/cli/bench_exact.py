@@ -41,7 +41,7 @@ class ExactConfig(StrictModel):
 def exact(
     ctx: CommandContext,
     sampler: Annotated[
-        Optional[list[str]], typer.Option(help="ar, ar-torch, flow or a registered sampler; may be repeated (default: ar)")
+        Optional[list[str]], typer.Option(help="ar, ar-torch, flow or a registered one; may be repeated (default: ar)")
     ] = None,
     testbed: Annotated[Optional[str], typer.Option(help="random (625 sequences) or toy (4096 sequences) (default: random)")] = None,
     num: Annotated[Optional[int], typer.Option(help="Sequences a seed (default: 200000)")] = None,

@@ -29,7 +29,7 @@ from arsp.protocols import Decoder, Generation, Request
 from arsp.rng import keyed_normal
 
 SOLVERS = ("2m", "euler", "midpoint", "adaptive")
-NoiseFn = Callable[[Tensor, Tensor], Tensor]  # (sample_ids_B, positions_m) -> noise_BmE
+NoiseFn = Callable[[Tensor], Tensor]  # positions_m -> noise_BmE of the request's rows
 _CHUNK_ELEMENTS = {"cpu": 1 << 18}  # rows x codes in flight: fits a core's cache on CPU
 _CHUNK_ELEMENTS_DEVICE = 1 << 26
 _MAX_ADAPTIVE_STEPS = 20_000
@@ -171,9 +171,9 @@ def flow_map(
     return codes, {"nfe": nfe.mean().item() if len(nfe) else 0.0, "stop_t_N": stop_t, "weight_N": weight, "state_NE": state}
 
 
-def keyed_noise(seed: int, dim: int) -> NoiseFn:
-    """Noise tokens e_i ~ N(0, I_dim) as a pure function of (seed, sample id, position): ``(B,), (m,) -> (B, m, dim)``."""
-    return lambda sample_ids_B, positions_m: keyed_normal(seed, sample_ids_B[:, None], positions_m[None, :], dim)
+def keyed_noise(request: Request, dim: int) -> NoiseFn:
+    """Noise tokens e_i ~ N(0, I_dim) of a request's rows, a pure function of (seed, sample id, position)."""
+    return lambda positions_m: keyed_normal(request.seed, request.sample_ids_B[:, None], positions_m[None, :], dim)
 
 
 def sample_through_map(
@@ -193,7 +193,7 @@ def sample_through_map(
     evaluations = []
 
     def choose(log_p_BmV: Tensor, positions_m: Tensor) -> Tensor:
-        noise_BmE = noise_fn(request.sample_ids_B, positions_m)
+        noise_BmE = noise_fn(positions_m)
         codes_N, info = flow_map(log_p_BmV.flatten(0, 1), noise_BmE.flatten(0, 1), book)
         evaluations.append(info["nfe"] * len(positions_m))
         return codes_N.view(log_p_BmV.shape[:2])

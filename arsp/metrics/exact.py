@@ -130,7 +130,7 @@ class FlowGenerator:
         self.book = prepare_codebook(decoder.codebook_VE, settings)
 
     def generate(self, request: Request, callback: Callback | None = None) -> Generation:
-        noise_fn = keyed_noise(request.seed, self.decoder.codebook_VE.shape[1])
+        noise_fn = keyed_noise(request, self.decoder.codebook_VE.shape[1])
         return sample_through_map(self.decoder, request, noise_fn, LogitsPipeline(), self.book, callback=callback)
 
 

@@ -115,9 +115,8 @@ def test_100000_draws_follow_the_law(early_stop):
     generator = torch.Generator().manual_seed(21)
     codebook = 0.6 * torch.randn(32, 8, generator=generator)
     p = torch.softmax(1.5 * torch.randn(32, generator=generator), 0)
-    codes, _ = flow_map(
-        p.log().expand(100_000, 32), torch.randn(100_000, 8, generator=generator), codebook, FlowSettings(early_stop=early_stop)
-    )
+    noise = torch.randn(100_000, 8, generator=generator)
+    codes, _ = flow_map(p.log().expand(100_000, 32), noise, codebook, FlowSettings(early_stop=early_stop))
     assert_follows(codes, p)
 
 
@@ -250,18 +249,22 @@ def test_wrong_shapes_and_broken_numbers_are_refused():
 
 
 def test_trajectories_are_the_map_applied_token_by_token():
-    teacher, ids = toy_teacher(), torch.arange(64)
-    noise_fn, request = keyed_noise(3, 4), Request(ids, seed=3)
+    teacher, request = toy_teacher(), Request(torch.arange(64), seed=3)
+    noise_fn = keyed_noise(request, 4)
     out = sample_through_map(teacher, request, noise_fn, LogitsPipeline(), teacher.codebook_VE)
     log_p = torch.log_softmax(teacher.teacher_forced(request, out.codes_BL), -1)
     for i in range(4):
-        expected, _ = flow_map(log_p[:, i], noise_fn(ids, torch.tensor([i]))[:, 0], teacher.codebook_VE)
+        expected, _ = flow_map(log_p[:, i], noise_fn(torch.tensor([i]))[:, 0], teacher.codebook_VE)
         assert torch.equal(out.codes_BL[:, i], expected), f"position {i}"
     assert 1 <= out.stats["flow_nfe"] <= 65 and out.stats["passes"] == 4
 
 
 def test_trajectories_do_not_depend_on_the_batch():
     teacher, book = toy_teacher(), prepare_codebook(toy_teacher().codebook_VE)
-    run = lambda ids: sample_through_map(teacher, Request(ids, 0), keyed_noise(0, 4), LogitsPipeline(), book).codes_BL
+
+    def run(ids):
+        request = Request(ids, 0)
+        return sample_through_map(teacher, request, keyed_noise(request, 4), LogitsPipeline(), book).codes_BL
+
     whole = run(torch.arange(40))
     assert torch.equal(torch.cat([run(torch.arange(0, 13)), run(torch.arange(13, 40))]), whole)
