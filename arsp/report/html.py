@@ -67,6 +67,7 @@ th small { display: block; font-weight: 400; color: var(--soft); max-width: 11re
 td small { display: block; font-weight: 400; color: var(--soft); font-size: .78rem; }
 th, td { vertical-align: top; } thead th { vertical-align: bottom; }
 tbody th { font-weight: 500; }
+sup { line-height: 0; }
 tr.first td, tr.first th { border-top: 2px solid var(--line); }
 td.best { font-weight: 700; background: var(--best); }
 details { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; padding: .5rem .9rem; }

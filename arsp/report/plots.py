@@ -302,7 +302,7 @@ def position_maps(stacks: Sequence[Stack]) -> Figure | None:
         panel.set_axis_off()
     for panel, (stack, grid) in zip(axes.flat, maps, strict=False):
         image = panel.imshow(grid, vmin=0, vmax=1, cmap="cividis")
-        panel.set_title(f"{_wrapped(stack.label)}\nmean {np.nanmean(grid):.3f}", fontsize=FONT_SIZE)
+        panel.set_title(f"{_shortened(stack.label)}\nmean {np.nanmean(grid):.3f}", fontsize=FONT_SIZE)
         panel.set_xticks([])
         panel.set_yticks([])
         for spine in panel.spines.values():
@@ -320,8 +320,10 @@ def _write_cells(panel: Axes, grid: np.ndarray) -> None:
             panel.text(column, row, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=9, color=color)
 
 
-def _wrapped(label: str, width: int = 26) -> str:
-    return label if len(label) <= width else f"{label[: width - 1]}…"
+def _shortened(label: str, width: int = 26) -> str:
+    """Both ends of a long name: what tells stacks apart is often at its end."""
+    half = (width - 1) // 2
+    return label if len(label) <= width else f"{label[:half]}…{label[-half:]}"
 
 
 # ---------------------------------------------------------------- training curves
@@ -436,4 +438,4 @@ def _draw_grids(axes: np.ndarray, stacks: Sequence[Stack], grids: dict[str, np.n
         panel.imshow(grids[stack.label], interpolation="nearest")
         passes = stack.passes
         detail = "" if passes is None else f"  ({passes:g} {'pass' if passes == 1 else 'passes'})"
-        panel.set_title(_wrapped(stack.label, 34) + detail, loc="left", fontsize=FONT_SIZE)
+        panel.set_title(_shortened(stack.label, 34) + detail, loc="left", fontsize=FONT_SIZE)

@@ -567,8 +567,10 @@ def _aligned(names: Sequence[str], columns: Sequence[Sequence[str]], margin: int
 
 def summary(stacks: Sequence[Stack], table: MetricTable) -> str:
     """Sentences computed from the table, with no claim beyond it."""
-    count = len(stacks)
-    sentences = [f"This report shows {count} {'stack' if count == 1 else 'stacks'} of methods{_baseline_words(table.baseline)}."]
+    if len(stacks) == 1:
+        sentences = [f"This report shows one stack of methods, {stacks[0].label}{_passes_words(stacks[0])}."]
+    else:
+        sentences = [f"This report shows {len(stacks)} stacks of methods{_baseline_words(table.baseline)}."]
     sentences += _quality_sentence(stacks, table) + _speed_sentence(stacks, table)
     return " ".join(sentences)
 
@@ -576,9 +578,11 @@ def summary(stacks: Sequence[Stack], table: MetricTable) -> str:
 def _baseline_words(baseline: Stack | None) -> str:
     if baseline is None:
         return "; none of them is a plain autoregressive baseline"
-    passes = baseline.passes
-    cost = "" if passes is None else f" ({_plain(passes)} {'pass' if passes == 1 else 'passes'} an image)"
-    return f"; the baseline is {baseline.label}{cost}"
+    return f"; the baseline is {baseline.label}{_passes_words(baseline)}"
+
+
+def _passes_words(stack: Stack) -> str:
+    return "" if stack.passes is None else f" ({_plain(stack.passes)} {'pass' if stack.passes == 1 else 'passes'} an image)"
 
 
 def _quality_sentence(stacks: Sequence[Stack], table: MetricTable) -> list[str]:
