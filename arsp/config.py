@@ -118,7 +118,7 @@ _Loader.add_implicit_resolver(
 
 def parse_yaml(text: str) -> Any:
     """Parse YAML text (safe tags only). Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def split_override(text: str) -> tuple[str, Any]:
     """``key.path=value`` -> (key.path, value parsed as YAML). Raises UsageError."""
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key.strip()):
-        raise UsageError(f"'{text}' is not of the form key.path=value", "configuration overrides come last, e.g. seed=1; see --help for the options")
+        raise UsageError(f"'{text}' is not of the form key.path=value", "overrides come last, e.g. seed=1; options start with --")
     try:
         return key.strip(), parse_yaml(value)
     except yaml.YAMLError:

@@ -65,11 +65,19 @@ def sha256_tree(folder: str | Path) -> tuple[str, int]:
 
 
 def _temporary(path: Path) -> Path:
+    """A fresh name next to ``path``, which ``_remove_temporaries`` knows."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResourceError(f"cannot create {path.parent}: {error.strerror or error}") from None
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _remove_temporaries(folder: Path) -> None:
+    """Delete what killed processes left half-written below a run directory that this process holds."""
+    for path in list(folder.rglob(".*.tmp")):
+        if re.fullmatch(r"\..+\.\d+-[0-9a-f]{8}\.tmp", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -180,8 +188,10 @@ def package_version(name: str) -> str | None:
 
 
 def environment(device: str | None = None) -> dict[str, Any]:
-    """Where a number was measured. Never imports torch: threads and GPU name are there once something else has."""
+    """Where a number was measured. Never imports torch: threads, GPU name and what "auto" means are there once something else has."""
     torch = sys.modules.get("torch")
+    if device in (None, "auto") and hasattr(torch, "cuda"):
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
     block: dict[str, Any] = {
         "arsp": arsp.__version__,
         "commit": git_commit(),
@@ -226,7 +236,8 @@ def new_record(command: str, config: Mapping[str, Any] | Any) -> dict[str, Any]:
 
 def _check_record(data: Any, where: str) -> dict[str, Any]:
     if not isinstance(data, dict) or "schema" not in data or "command" not in data:
-        raise InputError(f"{where} is not an arsp record (no 'schema' and 'command')", "records are the run.json of a run, or the output of --json")
+        hint = "records are the run.json of a run, or the output of --json"
+        raise InputError(f"{where} is not an arsp record (no 'schema' and 'command')", hint)
     if data["schema"] != SCHEMA:
         raise InputError(f"{where} has record schema {data['schema']!r}, this arsp reads {SCHEMA}", "use the arsp version that wrote it")
     return data
@@ -291,7 +302,8 @@ class Run:
 
         Args:
             name: readable part of the directory's name. config: resolved configuration (dict or schema instance).
-            out: the directory; None = ``runs_root()/command-name-hash8``. resume: False empties an existing run of this configuration first.
+            out: the directory; None = ``runs_root()/command-name-hash8``.
+            resume: False empties an existing run of this configuration first.
 
         Raises:
             LockedError: a live process holds the directory, or it belongs to another configuration.
@@ -328,6 +340,7 @@ class Run:
                     shutil.rmtree(child) if child.is_dir() else child.unlink()
             return
         if old["status"] != "ok":
+            _remove_temporaries(self.path)
             old.update(status="running", finished=None, environment=self.record["environment"], argv=self.record["argv"])
             old.pop("error", None)
         self.record = old
@@ -341,11 +354,9 @@ class Run:
         self, name: str, value: float, n: int | None = None, protocol: str | None = None, reference_sha256: str | None = None,
         comparable: bool = True, **more: Any,
     ) -> None:  # fmt: skip
-        """Record a metric; one of the same name, protocol and text fields in ``more`` is replaced, so a resumed run does not repeat itself."""
-        entry = {
-            "name": name, "value": value, "n": n, "protocol": protocol, "reference_sha256": reference_sha256, "comparable": comparable, **more,
-        }  # fmt: skip
-        entry = jsonable(entry)
+        """Record a metric. One of the same name, protocol and text fields in ``more`` is replaced: a resumed run does not repeat itself."""
+        entry = {"name": name, "value": value, "n": n, "protocol": protocol, "reference_sha256": reference_sha256, "comparable": comparable}
+        entry = jsonable({**entry, **more})
         identity = {"name": name, "protocol": protocol, **{key: text for key, text in more.items() if isinstance(text, str)}}
         kept = [m for m in self.record["metrics"] if any(m.get(key) != value for key, value in identity.items())]
         self.record["metrics"] = [*kept, entry]

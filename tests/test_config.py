@@ -47,7 +47,8 @@ def test_later_sources_win_key_by_key(tmp_path: Path):
     first.write_text("optimizer: {lr: 0.2, beta: 0.2}\nsolver: euler\nseed: 2\n")
     second.write_text("optimizer: {lr: 0.3}\nseed: 3\n")
     card = {"seed": 1, "name": "card", "optimizer": {"lr": 0.1}}
-    got = resolve_config(Recipe, files=[first, second], named={"seed": 4, "optimizer.beta": None}, overrides=["optimizer.lr=5e-1"], card=card)
+    named = {"seed": 4, "optimizer.beta": None}
+    got = resolve_config(Recipe, files=[first, second], named=named, overrides=["optimizer.lr=5e-1"], card=card)
     assert (got.name, got.solver, got.optimizer.beta, got.seed, got.optimizer.lr) == ("card", "euler", 0.2, 4, 0.5)
 
 

@@ -63,8 +63,9 @@ def test_a_directory_is_replaced_as_a_whole(tmp_path: Path):
 
 
 def test_json_never_holds_nan(tmp_path: Path):
-    write_json(tmp_path / "a.json", {"a": math.nan, "b": [math.inf, np.float32("nan"), np.int64(3)], "c": Path("x"), "d": np.zeros(2)})
-    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {"a": None, "b": [None, None, 3], "c": "x", "d": [0, 0]}
+    path = tmp_path / "a.json"
+    write_json(path, {"a": math.nan, "b": [math.inf, np.float32("nan"), np.int64(3)], "c": Path("x"), "d": np.zeros(2)})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"a": None, "b": [None, None, 3], "c": "x", "d": [0, 0]}
 
 
 def test_hash_is_the_files_sha256(tmp_path: Path):
@@ -106,6 +107,16 @@ def test_an_unfinished_run_is_entered_again_with_its_files():
         assert not again.finished and (again.path / "step.txt").read_text() == "5"
         assert read_record(again.path)["status"] == "running" and "error" not in again.record
     assert read_record(run.path)["status"] == "ok"
+
+
+def test_what_a_killed_process_left_half_written_is_removed():
+    run = Run.open("train", "x", {})
+    (run.path / "images").mkdir()
+    for name in (".a.png.123-0123abcd.tmp", ".mine.tmp"):
+        (run.path / "images" / name).write_text("half")
+    run.close()
+    with Run.open("train", "x", {}):
+        assert os.listdir(run.path / "images") == [".mine.tmp"]
 
 
 def test_without_resume_the_run_starts_empty():

@@ -20,7 +20,7 @@ COMMANDS = {
     "sample": "arsp.cli.sample:sample",
     "evaluate": "arsp.cli.evaluate:evaluate",
     "bench": "arsp.cli.bench:bench",
-    "bench exact": "arsp.cli.bench:exact",
+    "bench exact": "arsp.cli.bench_exact:exact",
     "report": "arsp.cli.report:report",
     "models ls": "arsp.cli.models:ls",
     "models info": "arsp.cli.models:info",
@@ -66,8 +66,10 @@ def _root(
 
 def build() -> typer.Typer:
     """The application with every command of the table."""
-    settings: dict[str, Any] = dict(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-    settings["context_settings"] = {"help_option_names": ["--help", "-h"]}
+    settings: dict[str, Any] = {
+        "no_args_is_help": True, "rich_markup_mode": "rich", "pretty_exceptions_enable": False, "add_completion": False,
+        "context_settings": {"help_option_names": ["--help", "-h"]},
+    }  # fmt: skip
     root = typer.Typer(cls=ArspGroup, **settings)
     root.callback()(_root)
     groups: dict[str, typer.Typer] = {}

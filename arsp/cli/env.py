@@ -13,7 +13,7 @@ def kernel_backends() -> list[dict[str, Any]]:
     """``{op, backend, reason}`` of every operator."""
     from arsp import kernels
 
-    return [dict(row) for row in kernels.backends()] if hasattr(kernels, "backends") else []
+    return [dict(row) for row in kernels.backends()]
 
 
 def collect(device: str) -> dict[str, Any]:

@@ -162,6 +162,7 @@ class CommandContext:
         self.opts = opts
         self.given = given  # shared options that stood on the command line
         self.gates = [parse_gate(text) for text in opts.fail_if]
+        self._resolved = False
         _check_options(opts)
 
     def resolve(self, schema: type[Schema], named: Mapping[str, Any], card: Mapping[str, Any] | None = None) -> Schema:
@@ -170,6 +171,7 @@ class CommandContext:
         Shared options that were given count as named options where the schema has a key of that name, and take the
         schema's resolved value otherwise.
         """
+        self._resolved = True
         shared = {key: getattr(self.opts, key) for key in CONFIGURABLE if key in schema.model_fields and key in self.given}
         config = resolve_config(schema, files=self.opts.config, named={**shared, **named}, overrides=self.opts.overrides, card=card)
         for key in CONFIGURABLE:
@@ -181,8 +183,15 @@ class CommandContext:
             raise typer.Exit(0)
         return config
 
+    def _refuse_unused(self) -> None:
+        """What is accepted has an effect: a command that resolves no configuration refuses to be given one."""
+        given = [*self.opts.overrides, *(f"-c {path}" for path in self.opts.config), *(["--print-config"] if self.opts.print_config else [])]
+        if given and not self._resolved:
+            raise UsageError(f"this command has no configuration: {', '.join(given)} would have no effect", "see --help for its options")
+
     def plan(self, plan: str | BaseModel | Mapping[str, Any]) -> None:
         """Call once everything is checked and before the work: with ``--dry-run`` prints the plan on stdout and exits 0."""
+        self._refuse_unused()
         if not self.opts.dry_run:
             return
         from arsp.runs import to_json
@@ -220,6 +229,7 @@ class CommandContext:
         """
         from arsp.runs import to_json
 
+        self._refuse_unused()
         if self.opts.json:
             _write_stdout(to_json(record) + "\n")
         elif isinstance(table, str):
@@ -229,12 +239,14 @@ class CommandContext:
         check_gates(self.gates, record)
 
     def setup_torch(self) -> torch.device:
-        """Apply --threads and --kernels and return the device. Raises ResourceError when a CUDA device is not there."""
+        """Apply --threads and --kernels and return the device. Raises ResourceError when a device or a kernel is not there."""
         import torch
+
+        from arsp import kernels
 
         if self.opts.threads:
             torch.set_num_threads(self.opts.threads)
-        os.environ["ARSP_KERNELS"] = self.opts.kernels
+        kernels.set_backend(self.opts.kernels)
         wanted = self.opts.device
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -323,7 +335,8 @@ def record_table(record: Mapping[str, Any]) -> RenderableType:
 
     parts: list[Any] = []
     if record.get("metrics"):
-        rows = [(m["name"], m["value"], m.get("n"), m.get("protocol") or "", "" if m.get("comparable", True) else "no") for m in record["metrics"]]
+        no = lambda m: "" if m.get("comparable", True) else "no"
+        rows = [(m["name"], m["value"], m.get("n"), m.get("protocol") or "", no(m)) for m in record["metrics"]]
         parts.append(make_table(None, ("metric", "value", "n", "protocol", "comparable"), rows))
     cost = {**record.get("cost", {})}
     simulated = cost.pop("simulated", False)
@@ -342,7 +355,8 @@ def _bar(total: int | None, description: str) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n=1: bar.advance(task, n)
@@ -376,7 +390,8 @@ def to_arsp_error(error: BaseException) -> ArspError | None:
     if isinstance(error, ValidationError):
         return ConfigError(config_error(error, BaseModel).message)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return ResourceError(f"out of memory: {str(error).splitlines()[0] if str(error) else 'allocation failed'}", "try a smaller --batch-size")
+        first_line = str(error).partition("\n")[0] or "allocation failed"
+        return ResourceError(f"out of memory: {first_line}", "try a smaller --batch-size")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError("no space left on the device" + (f" for {error.filename}" if error.filename else ""))
     if isinstance(error, OSError) and error.filename is not None:
@@ -515,10 +530,9 @@ _OVERRIDES = inspect.Parameter(
 
 
 def _shared_parameters(names: Sequence[str]) -> list[inspect.Parameter]:
-    defaults = {"resume": True, **{name: False for name in ("print_config", *ALWAYS)}}
-    return [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=SHARED[name]) for name in names
-    ]  # fmt: skip
+    defaults = {"resume": True, **dict.fromkeys(("print_config", *ALWAYS), False)}
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(name, kind, default=defaults.get(name), annotation=SHARED[name]) for name in names]
 
 
 def _guarded(fn: Callable[..., None], common: dict[str, Any], overrides: list[str], values: dict[str, Any]) -> None:

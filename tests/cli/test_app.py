@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -98,9 +97,9 @@ def test_unknown_command_and_option_are_usage_errors():
 
 
 def test_two_word_commands_are_found_beside_the_plain_one():
-    toy = toy_app(lambda ctx, steps: ctx.emit({}, f"plain {ctx.opts.overrides}"))
+    toy = toy_app(lambda ctx, steps: ctx.emit({}, f"plain {ctx.opts.seed}"))
     assert CliRunner().invoke(toy, ["toy", "deep"]).stdout == "deep"
-    assert CliRunner().invoke(toy, ["toy", "deep=1"]).stdout == "plain ['deep=1']\n"
+    assert CliRunner().invoke(toy, ["toy", "--seed", "1"]).stdout == "plain 1\n"
 
 
 # --------------------------------------------------------------------------------------------------------------- options
@@ -108,7 +107,8 @@ def test_two_word_commands_are_found_beside_the_plain_one():
 
 def test_options_reach_the_context_with_their_defaults():
     seen = {}
-    result = run_toy(lambda ctx, steps: seen.update(opts=ctx.opts, given=ctx.given, steps=steps), "--steps", "3", "--threads", "2", "a.b=1", "c=2")
+    body = lambda ctx, steps: seen.update(opts=ctx.opts, given=ctx.given, steps=steps)
+    result = run_toy(body, "--steps", "3", "--threads", "2", "a.b=1", "c=2")
     assert result.exit_code == 0, result.output
     assert seen["opts"] == CommonOptions(threads=2, overrides=["a.b=1", "c=2"])
     assert "threads" in seen["given"] and "seed" not in seen["given"]
@@ -121,7 +121,17 @@ def test_a_command_takes_only_the_shared_options_it_names():
     assert run_toy(lambda ctx, steps: None, "a=1", overrides=False).exit_code == 2
 
 
-def test_every_shared_option_has_a_default():
+@pytest.mark.parametrize("args", [["a=1"], ["-c", "x.yaml"], ["--print-config"]])
+def test_configuration_for_a_command_that_has_none_is_refused(args: list[str]):
+    result = run_toy(lambda ctx, steps: ctx.emit({}, "done"), *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "no configuration" in result.stderr
+
+
+def test_the_shared_options_are_these_and_adding_one_is_a_decision():
+    assert " ".join(SHARED) == (
+        "device dtype batch_size seed threads kernels compile config out resume fail_if print_config dry_run json quiet verbose traceback"
+    )
     assert set(SHARED) == set(CommonOptions.__dataclass_fields__) - {"overrides"}
 
 
@@ -306,11 +316,15 @@ def test_an_absent_cuda_device_is_a_resource_error():
     assert "--device cuda:99" in result.stderr
 
 
-def test_device_threads_and_type_are_applied():
+def test_device_threads_type_and_kernels_are_applied():
     before = torch.get_num_threads()
     try:
+        blocks = [json.loads(CliRunner().invoke(app, ["env", "--json", "--kernels", name]).stdout) for name in ("reference", "auto")]
+        assert {row["backend"] for row in blocks[0]["kernels"]} == {"reference"}
+        assert "--kernels reference" not in str(blocks[1]["kernels"])
         seen = []
-        run_toy(lambda ctx, steps: seen.append((ctx.setup_torch(), torch.get_num_threads(), ctx.torch_dtype())), "--device", "cpu", "--threads", "1")
+        body = lambda ctx, steps: seen.append((ctx.setup_torch(), torch.get_num_threads(), ctx.torch_dtype()))
+        run_toy(body, "--device", "cpu", "--threads", "1")
         assert seen == [(torch.device("cpu"), 1, torch.float32)]
     finally:
         torch.set_num_threads(before)
@@ -352,7 +366,7 @@ def test_a_reader_that_leaves_early_is_not_an_error():
 
 
 def test_env_is_valid_json_with_versions_and_operators(runs_dir: Path):
-    done = subprocess.run([*PYTHON, "env", "--json", "--device", "cpu"], capture_output=True, text=True, env={**os.environ, "ARSP_RUNS": str(runs_dir)})
+    done = subprocess.run([*PYTHON, "env", "--json", "--device", "cpu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     block = json.loads(done.stdout)
     assert (block["device"], block["torch"], block["runs"]) == ("cpu", torch.__version__.partition("+")[0], str(runs_dir.resolve()))
