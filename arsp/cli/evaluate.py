@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from arsp.metrics.fidelity import FeatureSource, FidelityOptions
     from arsp.metrics.reference import Reference
     from arsp.runs import Run
+    from arsp.stack import StackConfig
+    from arsp.zoo.load import ModelSource
 
 METRICS = ("fid", "kid", "is", "prc", "acc")
 DEFAULT_MODEL, DEFAULT_MODEL_IMAGES = "llamagen", 1000
 DEFAULT_DATASET = "shapes32"
 GRID_IMAGES, GRID_COLUMNS = 64, 8
-SAMPLING = ("cfg", "temperature", "top_k", "top_p")
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 
 
 class EvaluateConfig(StrictModel):
@@ -54,14 +56,8 @@ class EvaluateConfig(StrictModel):
     """The k of the k nearest neighbours of precision and recall."""
     bootstrap: int = Field(200, ge=0)
     """Resamples for the 95 % interval of fid on the embedded features; 0 = no interval."""
-    cfg: float | None = None
-    """Guidance scale when a model is sampled; default: the model's own evaluation rule."""
-    temperature: float | None = None
-    """Temperature when a model is sampled."""
-    top_k: int | None = None
-    """Top-k when a model is sampled."""
-    top_p: float | None = None
-    """Top-p when a model is sampled."""
+    stack: dict[str, Any] = {}
+    """When a model is sampled: its pipeline as in arsp sample (cfg, top_p, student_steps, ...); default: the model's own rule."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:INDEX."""
     dtype: str = "float32"
@@ -78,14 +74,16 @@ class Subject:
 
     name: str
     images: Path | None = None
-    model: str | None = None
+    recipe: StackConfig | None = None
+    source: ModelSource | None = None
     labels_file: Path | None = None
     parent: dict[str, Any] | None = None
     parent_dir: Path | None = None
 
     @property
     def dataset(self) -> str | None:
-        return (self.parent or {}).get("stack", {}).get("dataset")
+        """The set that the model was trained on, where the record or the card says so."""
+        return self.source.card.get("dataset") if self.source else (self.parent or {}).get("stack", {}).get("dataset")
 
 
 @dataclass
@@ -121,29 +119,39 @@ def evaluate(
     images: Annotated[Optional[str], typer.Option(help="Folder of images or npz; the same as TARGET")] = None,
     features: Annotated[Optional[str], typer.Option(help="auto, shapes-cnn-v1 or inception")] = None,
     inception_weights: Annotated[Optional[str], typer.Option(help="File with the Inception weights (never downloaded)")] = None,
+    model: Annotated[Optional[str], typer.Option(help="Model to sample; the same as TARGET")] = None,
     cfg: Annotated[Optional[float], typer.Option(help="Guidance scale, when a model is sampled")] = None,
     temperature: Annotated[Optional[float], typer.Option(help="Temperature, when a model is sampled")] = None,
     top_k: Annotated[Optional[int], typer.Option(help="Top-k, when a model is sampled")] = None,
     top_p: Annotated[Optional[float], typer.Option(help="Top-p, when a model is sampled")] = None,
+    student_steps: Annotated[Optional[int], typer.Option(help="Passes of a distilled student that is sampled: 1 or 2")] = None,
+    baseline: Annotated[Optional[str], typer.Option(help="Control made from the model: naive, mode or skip-N")] = None,
 ) -> None:
     """Measure images against a reference: fid, kid, is, precision/recall, attribute accuracy (docs/evaluation.md)."""
-    if target is not None and images is not None:
-        raise UsageError("TARGET and --images name the same thing; give one of them.")
-    named = {
-        "target": images if target is None else target,
+    targets = [t for t in (target, images, model) if t is not None]
+    if len(targets) > 1:
+        raise UsageError("TARGET, --images and --model each name what to evaluate; give one of them.")
+    pipeline = {
+        "cfg": cfg,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "student_steps": student_steps,
+        "baseline": baseline,
+    }
+    named = {f"stack.{key}": value for key, value in pipeline.items()} | {
+        "target": targets[0] if targets else None,
         "metric": None if metric is None else metric.split(","),
         "num": num,
         "reference": reference,
         "features": features,
         "inception_weights": inception_weights,
-        "cfg": cfg,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
     }
     config = ctx.resolve(EvaluateConfig, named)
     check_names(config)
     subject = find_subject(config, ctx)
+    if config.stack and subject.recipe is None:
+        raise UsageError(f"{', '.join(config.stack)}: {subject.name} is not sampled here, its images exist.", "Give a model as TARGET.")
     ctx.plan({"evaluate": subject.name, "parents": [subject.parent["id"]] if subject.parent else [], **config.model_dump()})
     ctx.emit(run_evaluation(ctx, config, subject))
 
@@ -170,7 +178,7 @@ def find_subject(config: EvaluateConfig, ctx: CommandContext) -> Subject:
         record = latest_run(lambda r: r["command"] != "evaluate" and r.get("status") == "ok" and image_artifact(r) is not None)
         if record is None:
             ctx.log(f"no run with samples yet: evaluating the embedded teacher '{DEFAULT_MODEL}'")
-            return Subject(DEFAULT_MODEL, model=DEFAULT_MODEL)
+            return _from_model(DEFAULT_MODEL, config)
         ctx.log(f"evaluating the newest run with samples, {record['run_dir']}")
         return _from_record(record, Path(record["run_dir"]))
     path = Path(target)
@@ -179,13 +187,26 @@ def find_subject(config: EvaluateConfig, ctx: CommandContext) -> Subject:
         return _from_record(record, Path(record.get("run_dir") or "."))
     if path.suffix == ".json" or (path / "run.json").is_file():
         return _from_record(read_record(path), path if path.is_dir() else path.parent)
-    if (path / "arsp.json").is_file():
-        return Subject(path.resolve().name, model=str(path))
+    if (path / "arsp.json").is_file() or path.suffix.lower() in WEIGHT_SUFFIXES:
+        return _from_model(target, config)
     if path.exists():
         return Subject(str(path), images=path, labels_file=_labels_near(path))
     if path.suffix.lower() == ".npz" or len(path.parts) > 1:
         raise InputError(f"{target} does not exist.", "Give a run, a folder of images, an npz, or a model name (arsp models ls).")
-    return Subject(target, model=target)
+    return _from_model(target, config)
+
+
+def _from_model(model: str, config: EvaluateConfig) -> Subject:
+    """A model to sample; its stack is refused here if it cannot work, before any weight is read."""
+    from arsp import stack as stacks
+
+    recipe = stacks.StackConfig(**{**config.stack, "model": model})
+    source = stacks.check(recipe)
+    if "class" not in source.capabilities.conditions:
+        raise ConfigError(
+            f"{source.name} is not class-conditional: this command cannot give it captions.", "Sample it yourself, then: arsp eval DIR"
+        )
+    return Subject(model, recipe=recipe, source=source)
 
 
 def image_artifact(record: dict[str, Any]) -> dict[str, Any] | None:
@@ -222,30 +243,22 @@ def _labels_near(path: Path) -> Path | None:
 
 def run_evaluation(ctx: CommandContext, config: EvaluateConfig, subject: Subject) -> dict[str, Any]:
     """Load and check everything that can be wrong, then open the run, sample if need be, measure, and return the record."""
-    from arsp.metrics import fidelity
     from arsp.metrics.features import load_featnet
     from arsp.metrics.reference import load_reference
+    from arsp.runs import Run
 
     device = ctx.setup_torch()
     featnet = load_featnet() if "acc" in config.metric else None
+    reference = load_reference(config.reference or subject.dataset or DEFAULT_DATASET)
     samples = load_samples(config, subject) if subject.images is not None else None
-    wanted = config.reference or subject.dataset or (samples and DEFAULT_DATASET)
-    reference = load_reference(wanted) if wanted else None
-    source = choose_features(config, reference, samples)
-    options = fidelity_options(config)
-    if samples is not None:
-        check(config, samples.images_N3HW, reference, source, options)
-    elif (config.num or DEFAULT_MODEL_IMAGES) < fidelity.MIN_IMAGES:
-        raise InputError(f"--num {config.num}: metrics need at least {fidelity.MIN_IMAGES} images.")
-
-    from arsp.runs import Run
-
+    images_N3HW = samples.images_N3HW if samples is not None else expected_images(config, subject)
+    source = choose_features(config, images_N3HW)
+    check(config, images_N3HW, reference, source)
     with Run.open("evaluate", subject.name, identity(config, subject, samples), ctx.opts.out, resume=False) as run:
+        run.record["environment"]["device"] = str(device)
         if samples is None:
-            samples = sample_model(ctx, config, subject.model, device)
-            reference = reference or load_reference(samples.stack.get("dataset") or DEFAULT_DATASET)
-            source = choose_features(config, reference, samples)
-            check(config, samples.images_N3HW, reference, source, options)
+            samples = sample_model(ctx, config, subject, device)
+            check(config, samples.images_N3HW, reference, source)
         describe(run, subject, samples)
         for entry in measured(ctx, config, samples, reference, source, featnet, device):
             run.add_metric(**entry)
@@ -253,15 +266,21 @@ def run_evaluation(ctx: CommandContext, config: EvaluateConfig, subject: Subject
         return run.record
 
 
-def choose_features(config: EvaluateConfig, reference: Reference | None, samples: Samples | None) -> FeatureSource | None:
-    """The feature extractor for these images (before sampling: for images as large as the reference's), its weights checked."""
+def expected_images(config: EvaluateConfig, subject: Subject) -> Tensor:
+    """A stand-in with the number and size of the images that will be sampled, so that everything is checked before."""
+    import torch
+
+    size = subject.recipe.image_size or subject.source.card.get("image_size") or 32
+    return torch.zeros((), dtype=torch.uint8).expand(config.num or DEFAULT_MODEL_IMAGES, 3, size, size)
+
+
+def choose_features(config: EvaluateConfig, images_N3HW: Tensor) -> FeatureSource | None:
+    """The feature extractor for these images, its weights checked; None if only attributes are measured."""
     from arsp.metrics.fidelity import resolve_features
 
-    if all(m == "acc" for m in config.metric):
+    if set(config.metric) == {"acc"}:
         return None
-    images_N3HW = samples.images_N3HW if samples is not None else getattr(reference, "images_N3HW", None)
-    size = (32, 32) if images_N3HW is None else tuple(images_N3HW.shape[2:])
-    return resolve_features(config.features, size, config.inception_weights)
+    return resolve_features(config.features, tuple(images_N3HW.shape[2:]), config.inception_weights)
 
 
 def fidelity_options(config: EvaluateConfig) -> FidelityOptions:
@@ -271,20 +290,18 @@ def fidelity_options(config: EvaluateConfig) -> FidelityOptions:
     return FidelityOptions(**{key: getattr(config, key) for key in keys})
 
 
-def check(
-    config: EvaluateConfig, images_N3HW: Tensor, reference: Reference, source: FeatureSource | None, options: FidelityOptions
-) -> None:
+def check(config: EvaluateConfig, images_N3HW: Tensor, reference: Reference, source: FeatureSource | None) -> None:
     """InputError if the chosen metrics cannot be computed on these images."""
     from arsp.metrics.attributes import check_size
-    from arsp.metrics.fidelity import MIN_IMAGES, check_measurable, check_sizes
+    from arsp.metrics.fidelity import check_count, check_measurable, check_sizes
 
-    if len(images_N3HW) < MIN_IMAGES:
-        raise InputError(f"{len(images_N3HW)} image given; metrics need at least {MIN_IMAGES}.", "Give a folder or npz with more images.")
+    check_count(len(images_N3HW))
     if "acc" in config.metric:
         check_size(images_N3HW)
     if source is not None:
-        check_measurable([m for m in config.metric if m != "acc"], len(images_N3HW), reference, source, options)
-        if set(config.metric) & {"fid", "kid", "prc"}:
+        metrics = [m for m in config.metric if m != "acc"]
+        check_measurable(metrics, len(images_N3HW), reference, source, fidelity_options(config))
+        if set(metrics) != {"is"}:
             check_sizes(images_N3HW, reference)
 
 
@@ -337,16 +354,18 @@ def load_labels(subject: Subject, num_images: int) -> list[int] | None:
     return labels if len(labels) == num_images else None
 
 
-def sample_model(ctx: CommandContext, config: EvaluateConfig, model: str, device: Any) -> Samples:
-    """Sample the model (the one place where this command meets the stack)."""
+def sample_model(ctx: CommandContext, config: EvaluateConfig, subject: Subject, device: Any) -> Samples:
+    """Sample the model (the one place where this command makes images)."""
     from arsp.stack import sample_images
 
     num = config.num or DEFAULT_MODEL_IMAGES
-    rule = {key: getattr(config, key) for key in SAMPLING if getattr(config, key) is not None}
-    with ctx.progress(num, f"sample {model}") as advance:
+    if subject.source.origin == "embedded":
+        ctx.log(f"{subject.source.name}: embedded tiny model ({subject.source.card['about']})")
+    with ctx.progress(num, f"sample {subject.name}") as advance:
         images_N3HW, labels, stack, cost = sample_images(
-            model, num, config.seed, device=device, dtype=ctx.torch_dtype(), batch_size=config.batch_size, progress=advance, **rule
-        )
+            num=num, seed=config.seed, device=device, dtype=ctx.torch_dtype(), batch_size=config.batch_size, progress=advance, log=ctx.log,
+            **subject.recipe.model_dump(),
+        )  # fmt: skip
     return Samples(images_N3HW, labels, stack, cost)
 
 
@@ -362,7 +381,7 @@ def describe(run: Run, subject: Subject, samples: Samples) -> None:
             path = subject.parent_dir / artifact["path"]
             if artifact.get("kind") in ("grid", "image-dir", "npz") and path.exists():
                 run.record["artifacts"].append(artifact | {"path": str(path.resolve())})
-    if subject.model is not None:
+    if subject.recipe is not None:
         run.add_artifact(save_npz(samples.images_N3HW, run.path / "samples.npz", samples.labels), "npz", num=len(samples.images_N3HW))
     if not any(a["kind"] == "grid" for a in run.record["artifacts"]):
         grid = make_grid(samples.images_N3HW[:GRID_IMAGES], columns=GRID_COLUMNS)

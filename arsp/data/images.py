@@ -131,10 +131,10 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def save_png(pixels_HW3: np.ndarray, path: str | Path) -> Path:
+def save_png(pixels_HW3: np.ndarray | Tensor, path: str | Path) -> Path:
     """Write one uint8 ``(H, W, 3)`` picture atomically."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels_HW3).save(buffer, format="PNG")
+    Image.fromarray(np.ascontiguousarray(pixels_HW3)).save(buffer, format="PNG")
     with _replacing(Path(path)) as file:
         file.write(buffer.getvalue())
     return Path(path)
@@ -145,7 +145,7 @@ def save_png_dir(images_N3HW: Tensor, folder: str | Path, ids: Sequence[int] | N
     _check_u8(images_N3HW)
     ids = range(len(images_N3HW)) if ids is None else ids
     pixels_NHW3 = images_N3HW.cpu().permute(0, 2, 3, 1).numpy()
-    return [save_png(np.ascontiguousarray(pixels), Path(folder) / f"{int(i):06d}.png") for i, pixels in zip(ids, pixels_NHW3, strict=True)]
+    return [save_png(pixels, Path(folder) / f"{int(i):06d}.png") for i, pixels in zip(ids, pixels_NHW3, strict=True)]
 
 
 def save_npz(images_N3HW: Tensor, path: str | Path, labels: Sequence[int] | None = None) -> Path:

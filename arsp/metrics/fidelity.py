@@ -302,12 +302,19 @@ def keyed_permutation(num: int, seed: int) -> Tensor:
     return (draws_N[:, 0].double() + draws_N[:, 1].double() * 2.0**-24).argsort(stable=True)
 
 
+def check_count(num_images: int) -> None:
+    """InputError for fewer than two images."""
+    if num_images < MIN_IMAGES:
+        raise InputError(
+            f"{num_images} image{'s' * (num_images != 1)} given; metrics need at least {MIN_IMAGES}.", "Give or sample more images."
+        )
+
+
 def check_measurable(
     metrics: Sequence[str], num_images: int, reference: Reference, source: FeatureSource, options: FidelityOptions
 ) -> None:
     """InputError if these metrics cannot be computed, before any work: too few images, no images or statistics to compare with."""
-    if num_images < MIN_IMAGES:
-        raise InputError(f"{num_images} image given; metrics need at least {MIN_IMAGES}.", "Give a folder or npz with more images.")
+    check_count(num_images)
     if "fid" in metrics and reference.mu_D is not None and len(reference.mu_D) != source.num_features:
         found = f"mu has {len(reference.mu_D)} features; {source.name} has {source.num_features}"
         raise InputError(f"The statistics of {reference.name} belong to other features: {found}.", "Choose the matching --features.")

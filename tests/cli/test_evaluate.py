@@ -1,6 +1,5 @@
 import json
-import sys
-import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +11,9 @@ from arsp.data.images import save_npz, save_png, save_png_dir
 from arsp.runs import Run
 
 N = 24
+STAND_IN = SimpleNamespace(
+    name="llamagen", origin="embedded", card={"about": "tiny", "dataset": "shapes32"}, capabilities=SimpleNamespace(conditions={"class"})
+)
 
 
 @pytest.fixture
@@ -54,7 +56,9 @@ def sample_run(place, n=N, name="llamagen+ar"):
 
 def test_images_and_reference_give_a_record_with_hashes_and_counts(place):
     save_png_dir(shapes.draw(N, 2)[0], place / "images")
-    record = record_of(arsp("--images", place / "images", "--reference", "ref.npz", "--metric", "fid,kid,is,prc,acc", "--json"))
+    record = record_of(
+        arsp("--images", place / "images", "--reference", "ref.npz", "--metric", "fid,kid,is,prc,acc", "--json", "bootstrap=20")
+    )
     assert set(values(record)) == {"fid", "kid", "is", "precision", "recall", "f_score", "color_accuracy", "render_error"}
     assert record["command"] == "evaluate" and record["status"] == "ok" and all(m["n"] == N for m in record["metrics"])
     fid = record["metrics"][0]
@@ -88,16 +92,27 @@ def test_without_any_run_the_embedded_teacher_is_sampled(place, monkeypatch):
     def sample_images(model, num, seed, **options):
         calls.append((model, num, seed, options))
         x, attrs = shapes.draw(N, 3)
-        return x, attrs["shape"].tolist(), {"name": "llamagen+ar", "dataset": "shapes32"}, {"passes": 64}
+        return x, attrs["shape"].tolist(), {"name": "llamagen", "dataset": "shapes32"}, {"passes": 16}
 
-    stack = types.ModuleType("arsp.stack")
-    stack.sample_images = sample_images
-    monkeypatch.setitem(sys.modules, "arsp.stack", stack)
-    result = arsp("--reference", "ref.npz", "--metric", "fid,acc", "--cfg", "1.5", "--seed", "7", "--json")
-    record = record_of(result)
-    assert calls[0][:3] == ("llamagen", 1000, 7) and calls[0][3]["cfg"] == 1.5 and "top_k" not in calls[0][3], calls
+    monkeypatch.setattr("arsp.stack.sample_images", sample_images)
+    monkeypatch.setattr("arsp.stack.check", lambda recipe: STAND_IN)
+    record = record_of(result := arsp("--reference", "ref.npz", "--metric", "fid,acc", "--cfg", "1.5", "--seed", "7", "--json"))
+    assert calls[0][:3] == ("llamagen", 1000, 7) and calls[0][3]["cfg"] == 1.5 and calls[0][3]["top_k"] is None, calls
     assert "embedded teacher" in result.stderr
     assert values(record)["class_accuracy"] == 1.0 and {a["kind"] for a in record["artifacts"]} == {"npz", "grid"}
+
+
+def test_one_sample_or_a_foreign_reference_is_refused_before_sampling(place, monkeypatch):
+    monkeypatch.setattr("arsp.stack.check", lambda recipe: STAND_IN)
+    monkeypatch.setattr("arsp.stack.sample_images", lambda **options: pytest.fail("sampled before everything was checked"))
+    save_npz(torch.zeros(4, 3, 64, 64, dtype=torch.uint8), place / "big.npz")
+    for words, expected in (
+        (["--num", "1"], "at least 2"),
+        (["--reference", "big.npz"], "64x64"),
+        (["--reference", "no.npz"], "does not exist"),
+    ):
+        result = arsp("llamagen", *words)
+        assert result.exit_code == 4 and expected in result.stderr and not (place / "runs").exists(), result.stderr
 
 
 def test_labels_follow_file_numbers_and_survive_a_subset(place):
@@ -138,11 +153,12 @@ def bad_cases():
         "missing reference": (["ref.npz", "--reference", "gone.npz"], None, 4, "does not exist"),
         "missing inception": (["ref.npz", "--inception-weights", "w.pth"], None, 4, "weights-inception"),
         "uncached inception": (["ref.npz", "--features", "inception"], None, 4, "weights-inception"),
-        "two targets": (["ref.npz", "--images", "ref.npz"], None, 2, "give one of them"),
+        "two targets": (["ref.npz", "--images", "ref.npz"], None, 2, "one of them"),
         "empty stdin": (["-"], None, 4, "empty"),
         "record without images": (["empty.json"], None, 4, "has no images"),
         "unfinished run": (["running.json"], None, 4, "not finished"),
-        "num of 1": (["llamagen", "--num", "1"], None, 4, "at least 2"),
+        "unknown model": (["lamagen"], None, 3, "llamagen"),
+        "sampling options for images": (["ref.npz", "--cfg", "2"], None, 2, "is not sampled here"),
     }
 
 
