@@ -21,7 +21,8 @@ Choose = Callable[[Tensor, Tensor], Tensor]  # (log_probs_BmV, positions_m) -> c
 Callback = Callable[[int], None]  # called after every pass with the number of token positions it made
 
 RNG_NAMES = ("keyed", "torch")
-_MAX_NOISE_ELEMENTS = 1 << 22  # Gumbel noise held at once by draw_codes
+_NOISE_ELEMENTS = {"cpu": 1 << 16}  # Gumbel noise made at once: larger leaves the cache, smaller pays per call
+_NOISE_ELEMENTS_DEVICE = 1 << 24
 
 
 def decode_blocks(
@@ -62,22 +63,38 @@ def draw_codes(log_p_BmV: Tensor, seed: int, sample_ids_B: Tensor, positions: Te
     number of passes. ``positions``: ``(m,)`` for all rows or ``(B, m)``. NumericalError when a row has no finite
     log-probability or holds a NaN.
     """
-    num_rows, _, num_codes = log_p_BmV.shape
-    positions_Bm = positions.expand(log_p_BmV.shape[:2])
-    chunk = max(1, _MAX_NOISE_ELEMENTS // max(1, log_p_BmV[0].numel()))
-    codes = []
+    num_rows, num_positions, num_codes = log_p_BmV.shape
+    positions_Bm = positions.expand(num_rows, num_positions)
+    chunk = max(1, _noise_budget(log_p_BmV) // max(1, num_positions * num_codes))
+    codes = [sample_ids_B.new_zeros(0, num_positions)]
     for start in range(0, num_rows, chunk):
         rows = slice(start, start + chunk)
         noise = keyed_gumbel(seed, sample_ids_B[rows, None], positions_Bm[rows], num_codes, purpose)
-        best = (log_p_BmV[rows] + noise).max(dim=-1)  # the first of equal maxima
-        _check_finite(best.values)
-        codes.append(best.indices)
+        codes.append(_perturbed_argmax(log_p_BmV[rows], noise))
     return torch.cat(codes)
 
 
 def keyed_choice(request: Request) -> Choose:
-    """``choose`` by keyed Gumbel-argmax with the request's seed and sample ids."""
-    return lambda log_p_BmV, positions_m: draw_codes(log_p_BmV, request.seed, request.sample_ids_B, positions_m)
+    """``choose`` by keyed Gumbel-argmax with the request's seed and sample ids.
+
+    Noise does not depend on the logits, so for small batches it is made for several single positions ahead in one call.
+    """
+    ahead: dict[int, Tensor] = {}
+
+    def choose(log_p_BmV: Tensor, positions_m: Tensor) -> Tensor:
+        num_rows, num_positions, num_codes = log_p_BmV.shape
+        span = _noise_budget(log_p_BmV) // max(1, num_rows * num_codes)
+        if num_positions > 1 or span < 2:
+            return draw_codes(log_p_BmV, request.seed, request.sample_ids_B, positions_m)
+        position = int(positions_m)
+        if position not in ahead:
+            ahead.clear()
+            following = torch.arange(position, position + span, device=positions_m.device)
+            noise = keyed_gumbel(request.seed, request.sample_ids_B[:, None], following, num_codes)
+            ahead.update({position + i: noise[:, i : i + 1] for i in range(span)})
+        return _perturbed_argmax(log_p_BmV, ahead[position])
+
+    return choose
 
 
 def multinomial_choice(generator: torch.Generator) -> Choose:
@@ -137,6 +154,16 @@ def check_rng(rng: str) -> str:
     if rng not in RNG_NAMES:
         raise ConfigError(f"rng: unknown random stream {rng!r}.", hint=f"use one of: {', '.join(RNG_NAMES)}")
     return rng
+
+
+def _noise_budget(like: Tensor) -> int:
+    return _NOISE_ELEMENTS.get(like.device.type, _NOISE_ELEMENTS_DEVICE)
+
+
+def _perturbed_argmax(log_p_BmV: Tensor, noise_BmV: Tensor) -> Tensor:
+    best = (log_p_BmV + noise_BmV).max(dim=-1)  # the first of equal maxima
+    _check_finite(best.values)
+    return best.indices
 
 
 def _check_finite(best: Tensor) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from scipy import stats
 
-from arsp.decode.ar import ARGenerator, draw_codes, sample_ar
+from arsp.decode import ar
+from arsp.decode.ar import ARGenerator, decode_blocks, draw_codes, keyed_choice, sample_ar
 from arsp.decode.filters import LogitsPipeline
 from arsp.errors import ConfigError, NumericalError
 from arsp.protocols import Capabilities, Generator, Layout, Request
@@ -88,8 +89,28 @@ def test_draws_accept_positions_of_each_row():
 def test_large_draws_are_split_without_changing_them(monkeypatch):
     log_p, ids, positions = torch.randn(9, 2, 50).log_softmax(-1), torch.arange(9), torch.arange(2)
     whole = draw_codes(log_p, 0, ids, positions)
-    monkeypatch.setattr("arsp.decode.ar._MAX_NOISE_ELEMENTS", 250)
+    monkeypatch.setitem(ar._NOISE_ELEMENTS, "cpu", 250)
     assert torch.equal(draw_codes(log_p, 0, ids, positions), whole)
+
+
+@pytest.mark.parametrize("elements", [1, 6 * 8, 6 * 8 * 2, 6 * 8 * 3, 1 << 16])
+def test_noise_made_ahead_is_the_noise_of_each_position(decoder, monkeypatch, elements):
+    monkeypatch.setitem(ar._NOISE_ELEMENTS, "cpu", elements)
+    codes = sample(decoder, range(8), seed=5).codes_BL
+    log_p = torch.log_softmax(decoder.teacher_forced(request(range(8)), codes), -1)
+    assert torch.equal(draw_codes(log_p, 5, torch.arange(8), torch.arange(5)), codes)
+    choose = keyed_choice(request(range(8), 5))
+    for i in (3, 0, 4, 1, 1):  # any order
+        assert torch.equal(choose(log_p[:, i : i + 1], torch.tensor([i])), codes[:, i : i + 1]), f"position {i}"
+
+
+def test_a_known_prefix_is_kept_and_sampling_can_stop_early(decoder):
+    whole = sample(decoder, range(6), seed=2).codes_BL
+    choose = keyed_choice(request(range(6), 2))
+    for known, stop in ((2, None), (0, 3), (1, 4)):
+        out = decode_blocks(decoder, request(range(6), 2), choose, LogitsPipeline(), prefix_Bp=whole[:, :known], stop=stop)
+        assert torch.equal(out.codes_BL[:, :stop], whole[:, :stop]), (known, stop)
+        assert out.codes_BL[:, stop or 5 :].sum() == 0 and out.stats["passes"] == (stop or 5) - known
 
 
 def test_temperature_zero_is_deterministic_and_greedy(decoder):
