@@ -185,7 +185,8 @@ class CommandContext:
 
     def _refuse_unused(self) -> None:
         """What is accepted has an effect: a command that resolves no configuration refuses to be given one."""
-        given = [*self.opts.overrides, *(f"-c {path}" for path in self.opts.config), *(["--print-config"] if self.opts.print_config else [])]
+        given = [*self.opts.overrides, *(f"-c {path}" for path in self.opts.config)]
+        given += ["--print-config"] if self.opts.print_config else []
         if given and not self._resolved:
             raise UsageError(f"this command has no configuration: {', '.join(given)} would have no effect", "see --help for its options")
 
