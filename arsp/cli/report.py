@@ -167,8 +167,7 @@ def _is_record(data: Any, where: str) -> dict[str, Any]:
 
 
 def with_parents(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Before each record without pictures, the run of the same stack that it was made from, when it is found among the runs."""
-    from arsp.report.samples import PICTURE_KINDS
+    """Before each record, the run of the same stack that it was made from (its pictures and its times), when it is found among the runs."""
     from arsp.report.tables import check_record, stack_name
     from arsp.runs import latest_run
 
@@ -176,8 +175,7 @@ def with_parents(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     complete: list[dict[str, Any]] = []
     for record in records:
         wanted = set(map(str, record.get("parents") or [])) - known
-        has_pictures = any(artifact.get("kind") in PICTURE_KINDS for artifact in record.get("artifacts") or [])
-        if wanted and not has_pictures:
+        if wanted:
             name = stack_name(record)
             parent = latest_run(lambda other, wanted=wanted, name=name: other.get("id") in wanted and stack_name(other) == name)
             if parent is not None:

@@ -324,12 +324,13 @@ def metric_columns(stacks: Sequence[Stack]) -> list[Column]:
 
 
 def speedup(stack: Stack, baseline: Stack | None) -> float | None:
-    """Baseline time over this stack's time; None unless both were timed by the same command, machine and batch size."""
+    """Baseline time over this stack's time; None unless both were timed by the same command, machine and (known) batch size."""
     if baseline is None or stack is baseline or not stack.ms_per_image or not baseline.ms_per_image:
         return None
     here, there = stack.timing or {}, baseline.timing or {}
     same_command = here.get("command") == there.get("command")
-    if not same_command or timing_batch(stack) != timing_batch(baseline) or not _same_machine(here, there):
+    same_batch = timing_batch(stack) is not None and timing_batch(stack) == timing_batch(baseline)
+    if not same_command or not same_batch or not _same_machine(here, there):
         return None
     return baseline.ms_per_image / stack.ms_per_image
 

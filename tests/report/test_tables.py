@@ -114,6 +114,11 @@ def test_no_speedup_between_times_measured_differently(record, change):
     assert tables.speedup(student, teacher) is None
 
 
+def test_no_speedup_when_the_batch_sizes_are_unknown(record):
+    teacher, student = tables.collect([record(name, cost={"latency_ms": {"p50": 5.0}}) for name in ("llamagen", "llamagen-dd1")])
+    assert tables.speedup(student, teacher) is None
+
+
 def test_a_benchmark_is_preferred_as_the_source_of_time(record):
     (stack,) = tables.collect([record(command="bench", ms=4.0), record(command="sample", ms=9.0)])
     assert stack.ms_per_image == 4.0
