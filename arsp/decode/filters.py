@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,17 +63,19 @@ class LogitsPipeline:
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Set everything strictly below the k-th largest logit to -inf; ties with it stay."""
-    threshold = torch.topk(logits, k, dim=-1).values[..., -1:]
+    if logits.device.type == "cpu":  # numpy's partial sort is far faster than topk for the k of thousands in use here
+        place = logits.shape[-1] - k
+        threshold = torch.from_numpy(np.partition(logits.detach().numpy(), place, axis=-1)[..., place : place + 1])
+    else:
+        threshold = torch.topk(logits, k, dim=-1).values[..., -1:]
     return logits.masked_fill(logits < threshold, -torch.inf)
 
 
 def keep_top_p(logits: Tensor, mass: float) -> Tensor:
     """Keep the best code and every code whose better codes together hold at most ``mass``."""
-    ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-    before = torch.softmax(ordered, dim=-1).cumsum(dim=-1).roll(1, dims=-1)
-    removed = before > mass
-    removed[..., 0] = False
-    return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+    ordered = _sort_descending(logits)
+    before = torch.softmax(ordered, dim=-1).cumsum(dim=-1)[..., :-1]
+    return _keep_best(logits, ordered, 1 + (before <= mass).sum(dim=-1, keepdim=True))
 
 
 def keep_top_h(logits: Tensor, alpha: float) -> Tensor:
@@ -81,14 +84,29 @@ def keep_top_h(logits: Tensor, alpha: float) -> Tensor:
     With S_k the mass of the first k codes, the entropy of the renormalised prefix is ``log S_k - (1/S_k) sum p log p``. It
     never falls with k (a code no likelier than the others adds uncertainty), so the prefix is well defined. Float64.
     """
-    ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    ordered = _sort_descending(logits)
     log_p = torch.log_softmax(ordered.double(), dim=-1)
     p = log_p.exp()
     mass = p.cumsum(dim=-1)
     entropy = mass.log() - torch.where(p > 0, p * log_p, 0.0).cumsum(dim=-1) / mass
-    removed = entropy > alpha * entropy[..., -1:]
-    removed[..., 0] = False
-    return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
+    within = entropy[..., 1:] <= alpha * entropy[..., -1:]
+    return _keep_best(logits, ordered, 1 + within.sum(dim=-1, keepdim=True))
+
+
+def _sort_descending(logits: Tensor) -> Tensor:
+    if logits.device.type == "cpu":  # numpy sorts float32 with vector instructions
+        return torch.from_numpy(np.sort(logits.detach().numpy(), axis=-1)).flip(-1)
+    return torch.sort(logits, dim=-1, descending=True).values
+
+
+def _keep_best(logits: Tensor, ordered: Tensor, count: Tensor) -> Tensor:
+    """Keep the ``count`` (..., 1) best codes of each row, smaller ids first among equal logits."""
+    threshold = ordered.gather(-1, count - 1)
+    kept = logits >= threshold
+    if (kept.sum(dim=-1, keepdim=True) > count).any():  # equal logits on both sides of the cut
+        above, equal = logits > threshold, logits == threshold
+        kept = above | (equal & (equal.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
+    return logits.masked_fill(~kept, -torch.inf)
 
 
 def _one_hot_log_probs(logits: Tensor) -> Tensor:

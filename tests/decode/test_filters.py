@@ -47,6 +47,24 @@ def test_top_p_zero_keeps_exactly_the_best():
     assert kept(LogitsPipeline(top_p=0.0), [0.25] * 4) == [0], "the smallest id on ties"
 
 
+def test_cuts_through_equal_logits_keep_the_smaller_ids():
+    assert kept(LogitsPipeline(top_p=0.5), [0.1, 0.2, 0.2, 0.2, 0.2, 0.1]) == [1, 2, 3]
+    assert kept(LogitsPipeline(top_p=0.3), [0.0, 0.25, 0.25, 0.25, 0.25]) == [1, 2]
+
+
+def test_top_p_is_the_shortest_prefix_that_exceeds_the_mass():
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(50, 40, generator=generator).mul(3).round()  # many ties
+    for mass in (0.1, 0.5, 0.9, 0.999):
+        out = LogitsPipeline(top_p=mass)(logits) > -torch.inf
+        for row, p in zip(out, logits.softmax(-1), strict=True):
+            order = sorted(range(40), key=lambda i: (-p[i].item(), i))
+            sizes = [next((k for k in range(1, 41) if p[order[:k]].sum() > mass + slack), 40) for slack in (-1e-6, 1e-6)]
+            size = int(row.sum())
+            assert sizes[0] <= size <= sizes[1], f"top_p {mass}: {size} kept, expected {sizes} (float32 rounding at the cut)"
+            assert row.nonzero().flatten().tolist() == sorted(order[:size]), f"top_p {mass}: not the best {size}, smaller ids first"
+
+
 def test_temperature_zero_is_one_hot_on_the_smallest_best_id():
     out = LogitsPipeline(temperature=0.0)(torch.tensor([[1.0, 3.0, 3.0], [2.0, 1.0, 0.0]]))
     assert out.exp().tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
