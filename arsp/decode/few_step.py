@@ -106,9 +106,14 @@ class TeacherLoopGenerator:
 
     @torch.inference_mode()
     def generate(self, request: Request, callback: Callable[[int], None] | None = None) -> Generation:
+        book = self.student.codebook_VE
+        return self.from_noise(request, request_noise(request, self.student.layout.num_tokens, book.shape[1]).to(book), callback)
+
+    @torch.inference_mode()
+    def from_noise(self, request: Request, noise: Tensor, callback: Callable[[int], None] | None = None) -> Generation:
+        """Sample from given noise ``(B, L, E)``; the teacher's draws are keyed by the request as always."""
         one, book = self.student, self.student.codebook_VE
         labels = request.labels_B.to(book.device)
-        noise = request_noise(request, one.layout.num_tokens, book.shape[1]).to(book)
         codes = labels.new_zeros(len(labels), 0)
         if self.start:
             first, vectors = student_pass(one.student, labels, noise, 0, book)

@@ -38,7 +38,6 @@ class OptimConfig(StrictModel):
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the exported moving average (0 = export the raw weights)")
     autocast: Literal["bf16", "off"] = Field("bf16", description="mixed precision of the forward pass")
     seed: int = Field(0, description="of initialisation, batches and dropout")
-    log_every: int = Field(50, ge=1)
     eval_every: int = Field(500, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1, description="newest checkpoints kept")

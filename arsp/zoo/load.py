@@ -133,9 +133,15 @@ def load_model(
     return LoadedModel(source, module.to(device=device, dtype=dtype).eval().requires_grad_(False), vq, digest)
 
 
+def resolve_tokenizer(name: str) -> ModelSource:
+    """Like :func:`resolve`, but embedded tokenizers are known by name too."""
+    packaged = (TINY / name / bundle.MANIFEST).is_file()
+    return _from_bundle(TINY / name, name, {}, "embedded") if packaged and name not in cards() else resolve(name)
+
+
 def load_tokenizer(name: str) -> nn.Module:
     """A tokenizer alone, from a tokenizer bundle or an embedded name."""
-    source = _from_bundle(TINY / name, name, {}, "embedded") if (TINY / name).is_dir() else resolve(name)
+    source = resolve_tokenizer(name)
     if source.kind != "tokenizer":
         vq = _load_tokenizer(source, False)
         if vq is None:

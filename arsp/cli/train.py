@@ -1,0 +1,80 @@
+"""``arsp train``: the feature network, a tokenizer, or a teacher, from the embedded set or a folder of images, into a bundle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from arsp.cli.options import CommandContext, command
+from arsp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from arsp.runs import Run
+
+WHAT = ("tokenizer", "teacher", "features")
+
+
+@command(
+    examples=[
+        "arsp train tokenizer -c examples/train-tokenizer.yaml",
+        "arsp train teacher -c examples/train-teacher.yaml --tokenizer runs/train-tokenizer-1a2b3c4d",
+        "arsp train teacher --data PHOTOS --tokenizer TOKENIZER --steps 20000 gpt.dim=256",
+        "arsp train features -c examples/train-features.yaml",
+    ],
+    shared=("device", "threads", "config", "out", "resume", "fail_if", "print_config"),
+)
+def train(
+    ctx: CommandContext,
+    what: Annotated[str, typer.Argument(help="tokenizer, teacher or features")],
+    data: Annotated[Optional[str], typer.Option(help="shapes32, shapes32-coarse, or a folder with one sub-folder a class [default: shapes32-coarse]")] = None,
+    tokenizer: Annotated[Optional[str], typer.Option(help="Tokenizer of a teacher: bundle, run directory or embedded name [default: shapes-vq16]")] = None,
+    steps: Annotated[Optional[int], typer.Option(help="Optimiser updates")] = None,
+    lr: Annotated[Optional[float], typer.Option(help="Peak learning rate")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Images or sequences an update")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Of initialisation and batches")] = None,
+) -> None:
+    """Train a model into a bundle that every other command takes. The same command continues a stopped run."""
+    if what not in WHAT:
+        from arsp.errors import nearest
+
+        raise ConfigError(f"unknown thing to train '{what}'.", nearest(what, WHAT))
+    from arsp.train import pipeline
+
+    named = {"data": data, "tokenizer": tokenizer, "optim.steps": steps, "optim.lr": lr, "optim.batch_size": batch_size, "optim.seed": seed}
+    if what != "teacher" and tokenizer is not None:
+        raise ConfigError(f"--tokenizer belongs to a teacher, not to {what}.")
+    schema = pipeline.SCHEMAS[what]
+    config = ctx.resolve(schema, {k: v for k, v in named.items() if k.split(".")[0] in schema.model_fields})
+    ctx.plan(config)
+    ctx.emit(run_training(ctx, what, config))
+
+
+def run_training(ctx: CommandContext, what: str, config: Any) -> dict[str, Any]:
+    """Open the run, train, export the bundle, complete the record."""
+    from arsp import runs
+    from arsp.train import pipeline
+    from arsp.train.loop import fit
+
+    device = ctx.setup_torch()
+    with runs.Run.open("train", what, config.model_dump(), ctx.opts.out, resume=ctx.opts.resume) as run, runs.stop_signals():
+        if not run.finished:
+            job = pipeline.prepare(what, config, run.path, ctx.progress, ctx.log)
+            with ctx.progress(config.optim.steps, f"train {what}") as advance:
+                state = fit(job.task, config.optim, run.path, device=device, progress=advance, log=ctx.log)
+            path = run.path / "bundle"
+            if not path.exists():
+                job.export(path, state)
+            complete(run, path, config, state)
+        return run.record
+
+
+def complete(run: Run, path: Any, config: Any, state: dict[str, Any]) -> None:
+    """Final figures as metrics, the history as curves, the bundle as artifact."""
+    history = state["history"]
+    for name, value in (history[-1] if history else {}).items():
+        if name not in ("step", "minutes"):
+            run.add_metric(name, value, protocol="end of training", comparable=False)
+    keys = sorted({key for point in history for key in point} - {"step", "minutes"})
+    run.record["curves"] = {key: [{"x": point["minutes"], "y": point[key]} for point in history if key in point] for key in keys}
+    run.add_artifact(path, "bundle", minutes=round(state["elapsed_s"] / 60, 2), steps=state["step"])

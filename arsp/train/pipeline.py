@@ -1,0 +1,139 @@
+"""What each kind of training needs before the loop and leaves behind after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+
+from arsp.config import StrictModel
+from arsp.errors import ConfigError, InputError
+from arsp.metrics.features import FEATNET_NAME
+from arsp.models.llamagen import GPTConfig
+from arsp.runs import atomic_file
+from arsp.tokenizers.llamagen_vq import VQConfig
+from arsp.train.data import load_pool
+from arsp.train.loop import OptimConfig, Task
+from arsp.train.tasks import FeatureTask, TeacherTask, TokenizerTask, tokenise
+from arsp.zoo.bundle import save_bundle
+from arsp.zoo.load import load_tokenizer, resolve_tokenizer
+
+
+class VQSection(StrictModel):
+    """Sizes of the tokenizer; the defaults are those of the embedded one (32x32 px -> 4x4 codes)."""
+
+    ch: int = Field(32, ge=32, multiple_of=32)
+    ch_mult: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = Field(1, ge=1)
+    z_channels: int = Field(64, ge=32, multiple_of=32)
+    codebook_size: int = Field(256, ge=2)
+    codebook_embed_dim: int = Field(8, ge=1)
+
+
+class GPTSection(StrictModel):
+    """Sizes of the teacher; vocabulary, grid and classes come from the tokenizer and the data."""
+
+    dim: int = Field(128, ge=4)
+    n_layer: int = Field(10, ge=1)
+    n_head: int = Field(4, ge=1)
+    multiple_of: int = Field(32, ge=1)
+    class_dropout_prob: float = Field(0.1, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="of tokens, attention output and feed-forward output")
+
+
+class TokenizerTraining(StrictModel):
+    """Configuration of ``arsp train tokenizer``."""
+
+    data: str = "shapes32-coarse"
+    vq: VQSection = VQSection()
+    optim: OptimConfig = OptimConfig(steps=3000, batch_size=32, lr=1e-3, warmup=100, schedule="flat-linear", eval_every=100)
+
+
+class TeacherTraining(StrictModel):
+    """Configuration of ``arsp train teacher``."""
+
+    data: str = "shapes32-coarse"
+    tokenizer: str = "shapes-vq16"
+    gpt: GPTSection = GPTSection()
+    optim: OptimConfig = OptimConfig(steps=4000, batch_size=128, lr=1.5e-3, warmup=150, schedule="cosine", eval_every=200, checkpoint_every=500)
+    sampling: dict[str, float] = Field({"cfg": 1.5, "temperature": 1.0, "top_k": 0, "top_p": 0.95}, description="rule written into the card")
+
+
+class FeatureTraining(StrictModel):
+    """Configuration of ``arsp train features`` (the packaged network is frozen: it defines the metric's name)."""
+
+    data: str = "shapes32"
+    optim: OptimConfig = OptimConfig(steps=700, batch_size=128, lr=4e-3, warmup=150, schedule="cosine", final_lr=0.0, weight_decay=1e-4, eval_every=100)
+
+
+SCHEMAS: dict[str, type[StrictModel]] = {"tokenizer": TokenizerTraining, "teacher": TeacherTraining, "features": FeatureTraining}
+
+
+@dataclass
+class Job:
+    """A task ready for :func:`arsp.train.loop.fit`, and how its result becomes a bundle."""
+
+    task: Task
+    export: Callable[[Path, dict[str, Any]], Any]
+
+
+def prepare(what: str, config: Any, directory: Path, stage: Callable[[int, str], Any], log: Callable[[str], None]) -> Job:
+    """Data and task of one kind. InputError or ConfigError before any long work when the data do not fit."""
+    return {"tokenizer": _tokenizer, "teacher": _teacher, "features": _features}[what](config, directory, stage, log)
+
+
+def _tokenizer(config: TokenizerTraining, directory: Path, stage: Callable, log: Callable) -> Job:
+    images, _, _ = load_pool(config.data)
+    side = images.shape[-1]
+    vq = VQConfig(**config.vq.model_dump(), image_size=side)
+    if images.shape[-2] != side or side % vq.downsample:
+        raise ConfigError(f"images of {images.shape[-1]}x{images.shape[-2]} px: expected squares divisible by {vq.downsample} (vq.ch_mult).")
+    held_out = images[torch.linspace(0, len(images) - 1, min(1000, len(images))).long()]
+    task = TokenizerTask(vq, images, held_out, seed=config.optim.seed, total_steps=config.optim.steps)
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(vq).items()}
+    return Job(task, lambda path, state: _bundle(path, "tokenizer", values, task, state, config.data))
+
+
+def _teacher(config: TeacherTraining, directory: Path, stage: Callable, log: Callable) -> Job:
+    vq_source = resolve_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
+    images, labels, names = load_pool(config.data)
+    if images.shape[-1] != tokenizer.config.image_size:
+        raise InputError(f"{config.data}: images of {images.shape[-1]} px, the tokenizer takes {tokenizer.config.image_size} px.")
+    cache = directory / "codes.safetensors"
+    if not cache.exists():
+        with stage(len(images), "tokenise") as advance:
+            codes = tokenise(tokenizer, images, advance)
+        with atomic_file(cache) as temporary:
+            save_file({"codes": codes, "labels": labels}, temporary)
+    stored = load_file(cache)
+    codes, labels = stored["codes"], stored["labels"]
+    drop = config.gpt.dropout
+    gpt = GPTConfig(
+        dim=config.gpt.dim, n_layer=config.gpt.n_layer, n_head=config.gpt.n_head, multiple_of=config.gpt.multiple_of, vocab_size=tokenizer.config.codebook_size,
+        block_size=codes.shape[1], num_classes=len(names), class_dropout_prob=config.gpt.class_dropout_prob, token_dropout_p=drop, resid_dropout_p=drop, ffn_dropout_p=drop,
+    )  # fmt: skip
+    rows = torch.linspace(0, len(codes) - 1, min(1000, len(codes))).long()
+    task = TeacherTask(gpt, codes, labels, (codes[rows], labels[rows]), seed=config.optim.seed)
+    embedded = vq_source.origin == "embedded"
+    spec = {"bundle": config.tokenizer} if embedded else {"config": vq_source.config}
+    weights = None if embedded else tokenizer.state_dict()
+    more = {"tokenizer": spec, "tokenizer_weights": weights, "sampling": dict(config.sampling), "classes": names}
+    return Job(task, lambda path, state: _bundle(path, "teacher", asdict(gpt), task, state, config.data, **more))
+
+
+def _features(config: FeatureTraining, directory: Path, stage: Callable, log: Callable) -> Job:
+    task = FeatureTask(config.data, config.optim.seed)
+    log(f"the packaged {FEATNET_NAME} stays the metric; this trains another one")
+    return Job(task, lambda path, state: _bundle(path, "features", {}, task, state, config.data))
+
+
+def _bundle(path: Path, kind: str, config: dict[str, Any], task: Task, state: dict[str, Any], data: str, **more: Any) -> Path:
+    last = state["history"][-1] if state["history"] else None
+    training = {"steps": state["step"], "minutes": round(state["elapsed_s"] / 60, 1), "final": last}
+    return save_bundle(path, family="llamagen", kind=kind, config=config, model=task.trained.state_dict(), dataset=data, training=training, **more)
