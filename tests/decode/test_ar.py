@@ -172,16 +172,14 @@ def test_an_unknown_stream_is_refused(decoder):
 @pytest.mark.golden
 @pytest.mark.parametrize("case", find_cases(kind="seeded_fixedpoint"), ids=str)
 def test_recorded_noise_gives_the_recorded_sequences(case):
-    """Sequential Gumbel-argmax decoding of a second-order table with given uniforms: tokens exact."""
-    num_codes, length = case.config["V"], case.config["L"]
-    noise = -torch.log(-torch.log(case.io["uniform"]))
+    """Sequential Gumbel-argmax decoding of a table p(x_j | last codes) with given uniforms: tokens exact. V = before the start."""
     log_table, expected = case.io["table"].log(), case.io["tokens"]
-    before = torch.full((len(expected), 2), num_codes)
+    noise = -torch.log(-torch.log(case.io["uniform"]))
+    context = [torch.full((len(expected),), case.config["V"])] * (log_table.ndim - 1)
     tokens = []
-    for i in range(length):
-        code = (log_table[before[:, 0], before[:, 1]] + noise[:, i]).argmax(-1)
-        before = torch.stack((before[:, 1], code), 1)
-        tokens.append(code)
+    for i in range(case.config["L"]):
+        tokens.append((log_table[tuple(context)] + noise[:, i]).argmax(-1))
+        context = [*context[1:], tokens[-1]]
     sure = case.io["min_gap"] > 1e-4
     wrong = (torch.stack(tokens, 1) != expected)[sure].sum().item()
-    assert wrong == 0, f"{wrong} of {sure.sum().item() * length} tokens differ"
+    assert wrong == 0, f"{wrong} tokens differ in {sure.sum().item()} sequences"
