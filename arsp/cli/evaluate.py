@@ -141,7 +141,7 @@ def evaluate(
     }
     named = {f"stack.{key}": value for key, value in pipeline.items()} | {
         "target": targets[0] if targets else None,
-        "metric": None if metric is None else metric.split(","),
+        "metric": None if metric is None else list(dict.fromkeys(name.strip() for name in metric.split(","))),
         "num": num,
         "reference": reference,
         "features": features,
@@ -175,7 +175,7 @@ def find_subject(config: EvaluateConfig, ctx: CommandContext) -> Subject:
 
     target = config.target
     if target is None:
-        record = latest_run(lambda r: r["command"] != "evaluate" and r.get("status") == "ok" and image_artifact(r) is not None)
+        record = latest_run(has_samples)
         if record is None:
             ctx.log(f"no run with samples yet: evaluating the embedded teacher '{DEFAULT_MODEL}'")
             return _from_model(DEFAULT_MODEL, config)
@@ -207,6 +207,13 @@ def _from_model(model: str, config: EvaluateConfig) -> Subject:
             f"{source.name} is not class-conditional: this command cannot give it captions.", "Sample it yourself, then: arsp eval DIR"
         )
     return Subject(model, recipe=recipe, source=source)
+
+
+def has_samples(record: dict[str, Any]) -> bool:
+    """Whether this is a finished run, other than an evaluation, whose images are still there."""
+    artifact = image_artifact(record)
+    made_images = record["command"] != "evaluate" and record.get("status") == "ok" and artifact is not None
+    return made_images and (Path(record.get("run_dir") or ".") / artifact["path"]).exists()
 
 
 def image_artifact(record: dict[str, Any]) -> dict[str, Any] | None:
@@ -254,7 +261,7 @@ def run_evaluation(ctx: CommandContext, config: EvaluateConfig, subject: Subject
     images_N3HW = samples.images_N3HW if samples is not None else expected_images(config, subject)
     source = choose_features(config, images_N3HW)
     check(config, images_N3HW, reference, source)
-    with Run.open("evaluate", subject.name, identity(config, subject, samples), ctx.opts.out, resume=False) as run:
+    with Run.open("evaluate", Path(subject.name).name, identity(config, subject, samples), ctx.opts.out, resume=False) as run:
         run.record["environment"]["device"] = str(device)
         if samples is None:
             samples = sample_model(ctx, config, subject, device)

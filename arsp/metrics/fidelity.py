@@ -35,6 +35,7 @@ KID_SUBSET_SIZE = 1000
 IS_SPLIT_SIZE = 5000  # as the ADM evaluator
 INCEPTION_NAME = "inception"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_TENSORS = 472  # without batch counters
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
 # Schemas of operators that torchvision registers fake kernels for even when its compiled extension could not be loaded.
@@ -195,10 +196,12 @@ def _check_inception(path: Path) -> str:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         shape = tuple(state["fc.weight"].shape)
+        num_tensors = sum(not name.endswith("num_batches_tracked") for name in state)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} is not the Inception weights file {INCEPTION_FILE}.", f"It comes from {INCEPTION_URL}.") from error
-    if shape != (1008, 2048):
-        raise InputError(f"{path}: fc.weight is {shape}, expected (1008, 2048).", f"Expected the file {INCEPTION_FILE}.")
+    if shape != (1008, 2048) or num_tensors != INCEPTION_TENSORS:
+        found = f"{num_tensors} tensors, fc.weight {shape}"
+        raise InputError(f"{path} holds {found}; expected {INCEPTION_TENSORS} and (1008, 2048).", f"Expected the file {INCEPTION_FILE}.")
     return sha256_file(path)
 
 

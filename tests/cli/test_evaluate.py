@@ -1,4 +1,5 @@
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +85,13 @@ def test_run_directory_record_file_and_newest_run_are_the_same_target(place):
     found = [record_of(arsp(*target, "--reference", "ref.npz", "--json")) for target in ((run_dir,), (f"{run_dir}/run.json",), ())]
     assert all(r["parents"] == [parent["id"]] for r in found)
     assert len({values(r)["fid"] for r in found}) == 1, [values(r) for r in found]
+
+
+def test_a_newest_run_whose_images_are_gone_is_passed_over(place):
+    kept = sample_run(place)
+    gone = sample_run(place, n=4, name="other")
+    shutil.rmtree(f"{gone['run_dir']}/images")
+    assert record_of(arsp("--reference", "ref.npz", "--metric", "acc", "--json"))["parents"] == [kept["id"]]
 
 
 def test_without_any_run_the_embedded_teacher_is_sampled(place, monkeypatch):

@@ -18,6 +18,13 @@ def test_png_folder_round_trips_bit_for_bit_in_name_order(tmp_path):
     assert torch.equal(load_images(tmp_path), x[[4, 3, 1, 2, 0]]), "images must come back sorted by file name"
 
 
+def test_one_picture_may_be_an_array_or_a_tensor(tmp_path):
+    x = some_images(1)[0]
+    save_png(x.permute(1, 2, 0), tmp_path / "a.png")
+    save_png(x.permute(1, 2, 0).numpy(), tmp_path / "b.png")
+    assert torch.equal(load_images(tmp_path / "a.png")[0], x) and torch.equal(load_images(tmp_path / "b.png")[0], x)
+
+
 def test_npz_round_trips_with_labels_in_the_adm_layout(tmp_path):
     x = some_images()
     save_npz(x, tmp_path / "a.npz", labels=[3, 1, 4, 1, 5])
