@@ -196,6 +196,15 @@ def test_codes_that_share_a_vector_return_the_likelier_one_then_the_lowest_id():
     assert info["nfe"] < 60, "shared mass must not prevent the early stop"
 
 
+def test_shared_vectors_count_with_their_joint_mass():
+    logp, noise, codebook = problem(500, num_codes=12, dim=3)
+    share = torch.tensor([0.3, 0.7]).log()
+    expected, _ = flow_map(logp, noise, codebook)
+    codes, _ = flow_map(torch.cat((logp + share[0], logp + share[1]), 1), noise, codebook.repeat(2, 1))
+    wrong = (codes != expected + 12).sum().item()
+    assert wrong == 0, f"{wrong} of 500 tokens change when each code is split into two"
+
+
 def test_unnormalised_laws_and_low_precision_inputs_are_accepted():
     logp, noise, codebook = problem(100)
     expected, _ = flow_map(logp, noise, codebook)
@@ -204,12 +213,17 @@ def test_unnormalised_laws_and_low_precision_inputs_are_accepted():
         assert torch.equal(flow_map(logp, noise, codebook)[0], expected), "autocast reached the integration"
 
 
-def test_chunks_and_compaction_do_not_change_tokens(monkeypatch):
-    logp, noise, codebook = problem(300)
-    whole, _ = flow_map(logp, noise, codebook)
-    monkeypatch.setitem(flow._CHUNK_ELEMENTS, "cpu", 7 * 32)
-    parts, info = flow_map(logp, noise, codebook)
-    assert torch.equal(parts, whole) and info["state_NE"].shape == (300, 8)
+@pytest.mark.parametrize("solver", ["2m", "adaptive"])
+def test_chunks_and_compaction_do_not_change_results(monkeypatch, solver):
+    logp, noise, codebook = problem(120)
+    settings = FlowSettings(solver=solver, dtype="float64")
+    whole, info = flow_map(logp, noise, codebook, settings)
+    monkeypatch.setitem(flow._CHUNK_ELEMENTS, "cpu", 1)  # every row alone
+    alone, info_alone = flow_map(logp, noise, codebook, settings)
+    assert torch.equal(alone, whole)
+    for key in ("stop_t_N", "weight_N", "state_NE"):
+        worst = (info[key] - info_alone[key]).abs().max().item()
+        assert worst < 1e-9, f"{key}: max difference {worst} between a batch and single rows"
 
 
 def test_no_rows_give_no_codes():
