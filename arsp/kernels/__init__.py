@@ -2,27 +2,28 @@
 
 ``set_backend``: ``auto`` (default) uses a kernel where there is one and torch elsewhere; ``reference`` is torch everywhere;
 ``cpu`` insists on the compiled CPU kernels; ``cuda`` insists on CUDA kernels. The fast path and the fallback have the same
-signature and differ in rounding only.
+signature and differ in rounding only. ``$ARSP_KERNELS`` is the choice where ``set_backend`` was not called.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arsp.errors import ConfigError, ResourceError, nearest
 from arsp.kernels import build, ops, reference
 
-__all__ = ["BACKENDS", "MAX_ROWS", "backends", "set_backend", "small_linear"]
+__all__ = ["BACKENDS", "MAX_ROWS", "Linear", "backends", "set_backend", "small_linear"]
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 MAX_ROWS = 16  # up to here the weights are what a linear layer waits for; beyond, torch's blocked product is better
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_wanted = "auto"
+_wanted: str | None = None  # None: $ARSP_KERNELS, or auto
 _kernel: Callable | None = None  # the compiled op once it is loaded
 _reason: str | None = None  # why _kernel is what it is; None = not decided yet
 _lock = threading.Lock()
@@ -31,6 +32,8 @@ _lock = threading.Lock()
 def _decide() -> None:
     """Load the CPU kernels (compiling them if this machine has not yet), or note why they cannot be."""
     global _kernel, _reason
+    if _wanted is None:
+        set_backend(os.environ.get("ARSP_KERNELS") or "auto")
     with _lock:
         if _reason is not None:
             return
@@ -66,7 +69,9 @@ def set_backend(name: str) -> None:
 
 def backends() -> list[dict[str, str]]:
     """One ``{"op", "backend", "reason"}`` per op. Compiles nothing: a library that is not there yet is announced."""
-    if _reason is None and _wanted != "reference":
+    if _wanted is None:
+        set_backend(os.environ.get("ARSP_KERNELS") or "auto")
+    if _reason is None and _wanted == "auto":
         try:
             if not build.library_path().exists():
                 reason = f"compiled at the first use with {build.compiler_version()} into {build.cache_root()}"
@@ -95,3 +100,13 @@ def small_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     if width == 0 or x_MK.numel() > MAX_ROWS * width:
         return reference.small_linear(x_MK, weight_NK)
     return _kernel(x_MK.reshape(-1, width), weight_NK).view(*x_MK.shape[:-1], weight_NK.shape[0])
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias that decodes through :func:`small_linear`; same parameters and state dict as ``nn.Linear``."""
+
+    def __init__(self, in_features: int, out_features: int, **options: object):
+        super().__init__(in_features, out_features, bias=False, **options)
+
+    def forward(self, x_MK: Tensor) -> Tensor:
+        return small_linear(x_MK, self.weight)

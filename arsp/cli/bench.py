@@ -1,0 +1,255 @@
+"""``arsp bench``: latency, throughput and memory of stacks; ``arsp bench kernels``: each operator against torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+
+import typer
+from pydantic import Field
+
+from arsp.cli.options import CommandContext, command, make_table
+from arsp.config import StrictModel
+from arsp.errors import ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from arsp.bench.compare import Contender
+    from arsp.bench.timing import Timing
+
+
+class BenchConfig(StrictModel):
+    """What ``arsp bench`` measures and how often."""
+
+    stacks: list[str] = Field(default=["llamagen"], min_length=1, description="NAME[,key=value...]: a model and StackConfig values")
+    compare: bool = Field(False, description="interleave the stacks in one process and give ratios to the first")
+    baseline: Literal["eager"] | None = Field(None, description="eager: the first stack's weights in a plain loop of the official kind")
+    random_weights: bool = Field(False, description="no checkpoints; codes only where there is no tokenizer")
+    decode: bool = Field(True, description="include the tokenizer's decoder (not with a baseline: that compares codes)")
+    num: int | None = Field(None, ge=1, description="images a timed call (default: one batch)")
+    batch_size: int = Field(1, ge=1, description="images at a time")
+    repeats: int = Field(5, ge=1, description="timed rounds")
+    warmup: int = Field(1, ge=0, description="untimed rounds before them")
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    dtype: str = "float32"
+    threads: int | None = Field(None, ge=1)
+    kernels: Literal["auto", "reference", "cpu", "cuda"] = "auto"
+
+
+@command(
+    examples=[
+        "arsp bench",
+        "arsp bench --compare llamagen llamagen-dd1 llamagen-dd1,student_steps=2 --batch-size 32",
+        "arsp bench llamagen-b-256 --random-weights --baseline eager --threads 2",
+        "arsp bench --compare llamagen llamagen-dd1 --json --fail-if 'speedup<2'",
+    ],
+    shared=("device", "dtype", "batch_size", "seed", "threads", "kernels", "config", "out", "fail_if", "print_config"),
+    schema=BenchConfig,
+)
+def bench(
+    ctx: CommandContext,
+    stacks: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[STACK]...", help="NAME or NAME,key=value,... e.g. llamagen,cfg=2 (default: llamagen)")
+    ] = None,
+    model: Annotated[Optional[list[str]], typer.Option(help="A stack, like the argument; may be repeated")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Interleave all stacks and print ratios to the first")] = False,
+    baseline: Annotated[Optional[str], typer.Option(help="eager: against a plain loop of the official kind on the same weights")] = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Need no checkpoint (cost only)")] = False,
+    decode: Annotated[Optional[bool], typer.Option("--decode/--no-decode", help="Include decoding codes to pixels (default: yes)")] = None,
+    num: Annotated[Optional[int], typer.Option(help="Images a timed call (default: one batch)")] = None,
+    repeats: Annotated[Optional[int], typer.Option(help="Timed rounds (default: 5)")] = None,
+    warmup: Annotated[Optional[int], typer.Option(help="Untimed rounds before them (default: 1)")] = None,
+) -> None:
+    """Measure latency, throughput and memory of stacks: medians after warm-up, the device synchronised around each call.
+
+    With --compare or --baseline all take turns in one process and each ratio is a median over rounds with a 95 % interval.
+    """
+    given = [*(stacks or []), *(model or [])]
+    named = {
+        "stacks": given or None, "compare": compare or None, "baseline": baseline, "random_weights": random_weights or None,
+        "decode": decode, "num": num, "repeats": repeats, "warmup": warmup,
+    }  # fmt: skip
+    config = ctx.resolve(BenchConfig, named)
+    if config.compare and len(config.stacks) < 2 and config.baseline is None:
+        raise UsageError("--compare needs two stacks or more.", "For example: arsp bench --compare llamagen llamagen-dd1")
+    from arsp import stack as stack_module
+
+    recipes = [parse_stack(text, config.random_weights) for text in config.stacks]
+    for recipe in recipes:
+        stack_module.check(recipe)
+    ctx.plan({**config.model_dump(), "stacks": [recipe.model_dump(exclude_none=True) for recipe in recipes]})
+    record = run_bench(ctx, config, recipes)
+    ctx.emit(record, bench_table(record))
+
+
+def parse_stack(text: str, random_weights: bool) -> Any:
+    """``NAME[,key=value...]`` -> StackConfig. UsageError: a part that is not ``key=value``; ConfigError: an unknown key."""
+    import yaml
+
+    from arsp.config import resolve_config
+    from arsp.stack import StackConfig
+
+    name, *parts = text.split(",")
+    named: dict[str, Any] = {"model": name, "random_weights": True if random_weights else None}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals or not key:
+            raise UsageError(f"stack '{text}': '{part}' is not key=value.", "Write for example llamagen,cfg=2,top_p=0.9")
+        named[key] = yaml.safe_load(value)
+    return resolve_config(StackConfig, files=[], named=named, overrides=[])
+
+
+def run_bench(ctx: CommandContext, config: BenchConfig, recipes: list[Any]) -> dict[str, Any]:
+    """Load, measure, and complete the record."""
+    from arsp.bench import timing
+    from arsp.runs import Run, stop_signals
+
+    device = ctx.setup_torch()
+    with Run.open("bench", recipes[0].model, config, ctx.opts.out, resume=False) as run, stop_signals():  # a timing is never reused
+        run.record["environment"]["device"] = str(device)
+        contenders = load(ctx, config, recipes, device)
+        together = config.compare or config.baseline is not None
+        groups = [contenders] if together else [[contender] for contender in contenders]
+        timings: dict[str, Timing] = {}
+        with ctx.progress((config.repeats + config.warmup + 1) * len(contenders), "bench") as advance:
+            for group in groups:
+                work = {contender.name: contender.work for contender in group}
+                timings |= timing.measure(work, repeats=config.repeats, warmup=config.warmup, device=device, progress=advance)
+        fill_record(run, config, contenders, timings, together)
+    return run.record
+
+
+def load(ctx: CommandContext, config: BenchConfig, recipes: list[Any], device: Any) -> list[Contender]:
+    """The contenders in order; the baseline first, because ratios are to the first."""
+    from arsp.bench.compare import eager_contender, stack_contender
+    from arsp.stack import build
+
+    num = config.num or config.batch_size
+    contenders: list[Contender] = []
+    built = []
+    for text, recipe in zip(config.stacks, recipes, strict=True):
+        stack = build(recipe, device, ctx.torch_dtype(), ctx.log)
+        if stack.model.source.origin == "embedded":
+            ctx.log(f"{stack.model.name}: embedded tiny model ({stack.model.source.card['about']})")
+        decode = config.decode and config.baseline is None and stack.model.tokenizer is not None
+        if config.decode and not decode:
+            ctx.log(f"{stack.name}: codes only, without decoding to pixels")
+        name = unused(text if "," in text else stack.name, [other.name for other in contenders])
+        contenders.append(stack_contender(name, stack, num=num, batch_size=config.batch_size, seed=config.seed, decode=decode))
+        built.append(stack)
+    if config.baseline == "eager":
+        contenders.insert(0, eager_contender(built[0], num=num, batch_size=config.batch_size, seed=config.seed))
+    return contenders
+
+
+def unused(name: str, taken: list[str]) -> str:
+    """``name``, or ``name #2`` and so on where it is taken."""
+    names = [name, *(f"{name} #{i}" for i in range(2, len(taken) + 2))]
+    return next(candidate for candidate in names if candidate not in taken)
+
+
+def fill_record(run: Any, config: BenchConfig, contenders: list[Contender], timings: dict[str, Timing], together: bool) -> None:
+    """Metrics per stack, ratios to the first, the machine's ceiling; the cost block is of the first stack but the baseline."""
+    from arsp.bench.cost import measure_roofline
+    from arsp.bench.timing import speedup
+
+    roof = measure_roofline(run.record["environment"]["device"])
+    first, entries = contenders[0], []
+    protocol = f"batch {config.batch_size}, median of {config.repeats} rounds" + (", interleaved" if together else "")
+    for contender in contenders:
+        timing = timings[contender.name]
+        block = contender.measured(timing)
+        if "moved_bytes_per_batch" in block and config.dtype == "float32":
+            block["ceiling_ms"] = 1e3 * roof.seconds(block["moved_bytes_per_batch"], block["macs"] * min(contender.num, config.batch_size))
+        entries.append({"name": contender.name, "stack": contender.stack, "cost": block, "seconds": list(timing.seconds)})
+        run.add_metric("latency_ms", block["latency_ms"]["p50"], n=config.repeats, protocol=protocol, stack=contender.name)
+        run.add_metric("images_per_s", block["images_per_s"], n=config.repeats, protocol=protocol, stack=contender.name)
+        if together and contender is not first:
+            ratio = speedup(timing, timings[first.name])
+            more = {"stack": contender.name, "low": ratio.low, "high": ratio.high}
+            run.add_metric("speedup", ratio.value, n=config.repeats, protocol=f"against {first.name}, {protocol}", **more)
+    run.record["stacks"] = entries
+    run.record["roofline"] = {"bytes_per_s": roof.bytes_per_s, "float32_macs_per_s": roof.macs_per_s}
+    main = entries[1 if config.baseline else 0]
+    run.record["stack"] = main["stack"]
+    run.set_cost(**main["cost"])
+
+
+def bench_table(record: dict[str, Any]) -> Any:
+    """One line a stack."""
+    ratios = {metric["stack"]: metric for metric in record["metrics"] if metric["name"] == "speedup"}
+    columns = ["stack", "p50 ms", "p95 ms", "images/s", "passes", "peak MB", "weights MB", "cache MB", "ceiling ms"]
+    columns += ["speed-up to the first"] if ratios else []
+    rows = []
+    for entry in record["stacks"]:
+        cost, ratio = entry["cost"], ratios.get(entry["name"])
+        megabytes = [None if cost.get(key) is None else cost[key] / 1e6 for key in ("peak_mem_bytes", "weight_bytes", "kv_bytes")]
+        row = [entry["name"], cost["latency_ms"]["p50"], cost["latency_ms"]["p95"], cost["images_per_s"], cost.get("passes"), *megabytes]
+        row += [cost.get("ceiling_ms")]
+        if ratios:
+            row += [f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "1"]
+        rows.append(row)
+    environment, config = record["environment"], record["config"]
+    where = environment["cpu"] if environment["device"] == "cpu" else environment.get("gpu")
+    title = f"{where}, {environment['threads']} threads, {config['dtype']}, batch {config['batch_size']}"
+    return make_table(title, columns, rows)
+
+
+class KernelBenchConfig(StrictModel):
+    """What ``arsp bench kernels`` measures."""
+
+    rows: list[int] = Field(default=[1, 2, 4, 8, 16], min_length=1, description="rows of the input")
+    repeats: int = Field(9, ge=1, description="timed rounds")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    threads: int | None = Field(None, ge=1)
+
+
+@command(
+    examples=[
+        "arsp bench kernels --threads 1",
+        "arsp bench kernels --rows 2 --dtype bfloat16 --json",
+        "arsp bench kernels --fail-if 'ratio<1'",
+    ],
+    shared=("dtype", "threads", "config", "out", "fail_if", "print_config"),
+    schema=KernelBenchConfig,
+)
+def kernels(
+    ctx: CommandContext,
+    rows: Annotated[Optional[list[int]], typer.Option(min=1, help="Rows of the input; may be repeated (default: 1 2 4 8 16)")] = None,
+    repeats: Annotated[Optional[int], typer.Option(help="Timed rounds (default: 9)")] = None,
+) -> None:
+    """Time the compiled CPU operators against torch on the layer shapes of LlamaGen GPT-B. A ratio above 1: the kernel is faster."""
+    config = ctx.resolve(KernelBenchConfig, {"rows": rows or None, "repeats": repeats})
+    ctx.plan(config)
+    import torch
+
+    from arsp import kernels as ops
+    from arsp.bench.kernels import SHAPES, bench_small_linear
+    from arsp.runs import Run, check_stop, stop_signals
+
+    ctx.opts.kernels, ctx.opts.device = "cpu", "cpu"
+    ctx.setup_torch()
+    ops.set_backend("cpu")
+    (backend,) = ops.backends()
+    if backend["backend"] != "cpu":
+        raise ResourceError(f"there is no compiled kernel to measure: {backend['reason']}")
+    with Run.open("bench-kernels", "small_linear", config, ctx.opts.out, resume=False) as run, stop_signals():
+        with ctx.progress(len(SHAPES) * len(config.rows), "shapes") as advance:
+
+            def tick(n: int) -> None:
+                advance(n)
+                check_stop()
+
+            lines = bench_small_linear(config.rows, getattr(torch, config.dtype), repeats=config.repeats, progress=tick)
+        run.record["stack"] = {"name": "kernels", "op": "small_linear", "backend": backend}
+        for line in lines:
+            extra = {key: value for key, value in line.items() if key != "ratio"}
+            run.add_metric("ratio", line["ratio"], n=config.repeats, protocol=f"{line['layer']}, {line['rows']} rows", **extra)
+    columns = ("layer", "N", "K", "rows", "kernel us", "torch us", "weights GB/s", "ratio", "95 % interval")
+    cells = [
+        (line["layer"], line["outputs"], line["columns"], line["rows"], line["kernel_us"], line["torch_us"], line["weight_gb_per_s"])
+        + (line["ratio"], f"{line['low']:.2f} - {line['high']:.2f}")
+        for line in lines
+    ]
+    ctx.emit(
+        run.record, make_table(f"small_linear, {config.dtype}, {torch.get_num_threads()} threads; {backend['reason']}", columns, cells)
+    )
