@@ -98,7 +98,7 @@ def run_exact(
     """Draw ``num`` sequences a seed and report each seed's distance to the joint.
 
     ``sampler``: a name of :data:`SAMPLERS`, a registered sampler (called with the decoder), or any Generator bound to ``decoder``
-    (default: :func:`default_testbed`). ``pipeline`` changes the law that is sampled *and* the joint it is compared with.
+    (default: :func:`default_testbed`); its ``exactness`` attribute, where it has one, labels the reports. ``pipeline`` changes the law that is sampled *and* the joint it is compared with.
     ``callback(number of sequences)`` is called after every batch. An exact sampler passes all three default seeds with
     probability 0.9997.
     """
@@ -149,7 +149,7 @@ def check_samplers(names: Sequence[str]) -> None:
 
 def _resolve(sampler: str | Generator) -> tuple[str, str, Callable[[TabularDecoder], Generator]]:
     if not isinstance(sampler, str):
-        return type(sampler).__name__, "exact", lambda decoder: sampler
+        return type(sampler).__name__, getattr(sampler, "exactness", "exact"), lambda decoder: sampler
     if sampler in SAMPLERS:
         return (sampler, *SAMPLERS[sampler])
     plug_ins = Registry("samplers")
