@@ -98,7 +98,8 @@ def run_exact(
     """Draw ``num`` sequences a seed and report each seed's distance to the joint.
 
     ``sampler``: a name of :data:`SAMPLERS`, a registered sampler (called with the decoder), or any Generator bound to ``decoder``
-    (default: :func:`default_testbed`); its ``exactness`` attribute, where it has one, labels the reports. ``pipeline`` changes the law that is sampled *and* the joint it is compared with.
+    (default: :func:`default_testbed`); a Generator's ``exactness`` attribute, where it has one, labels its reports.
+    ``pipeline`` changes the law that is sampled *and* the joint it is compared with.
     ``callback(number of sequences)`` is called after every batch. An exact sampler passes all three default seeds with
     probability 0.9997.
     """
