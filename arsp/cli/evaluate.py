@@ -334,8 +334,14 @@ def load_samples(config: EvaluateConfig, subject: Subject) -> Samples:
         chosen = keyed_permutation(len(images_N3HW), config.seed)[: config.num].sort().values
         images_N3HW = images_N3HW[chosen]
         labels = None if labels is None else [labels[i] for i in chosen.tolist()]
-    stack = dict((subject.parent or {}).get("stack") or {"name": subject.name})
-    return Samples(images_N3HW, labels, stack, dict((subject.parent or {}).get("cost") or {}))
+    parent = subject.parent or {}
+    return Samples(images_N3HW, labels, dict(parent.get("stack") or {"name": subject.name}), parent_cost(parent))
+
+
+def parent_cost(parent: dict[str, Any]) -> dict[str, Any]:
+    """The costs of the run that made the images, with the batch size they were measured at (this command's own is another)."""
+    cost, batch_size = dict(parent.get("cost") or {}), (parent.get("config") or {}).get("batch_size")
+    return {"batch_size": batch_size} | cost if cost and batch_size else cost
 
 
 def load_labels(subject: Subject, num_images: int) -> list[int] | None:
@@ -363,17 +369,18 @@ def load_labels(subject: Subject, num_images: int) -> list[int] | None:
 
 def sample_model(ctx: CommandContext, config: EvaluateConfig, subject: Subject, device: Any) -> Samples:
     """Sample the model (the one place where this command makes images)."""
-    from arsp.stack import sample_images
+    from arsp.stack import DEFAULT_BATCH, sample_images
 
     num = config.num or DEFAULT_MODEL_IMAGES
+    batch_size = min(num, config.batch_size or DEFAULT_BATCH)
     if subject.source.origin == "embedded":
         ctx.log(f"{subject.source.name}: embedded tiny model ({subject.source.card['about']})")
     with ctx.progress(num, f"sample {subject.name}") as advance:
         images_N3HW, labels, stack, cost = sample_images(
-            num=num, seed=config.seed, device=device, dtype=ctx.torch_dtype(), batch_size=config.batch_size, progress=advance, log=ctx.log,
+            num=num, seed=config.seed, device=device, dtype=ctx.torch_dtype(), batch_size=batch_size, progress=advance, log=ctx.log,
             **subject.recipe.model_dump(),
         )  # fmt: skip
-    return Samples(images_N3HW, labels, stack, cost)
+    return Samples(images_N3HW, labels, stack, cost | {"batch_size": batch_size})
 
 
 def describe(run: Run, subject: Subject, samples: Samples) -> None:

@@ -43,7 +43,7 @@ def values(record):
 def sample_run(place, n=N, name="llamagen+ar"):
     """A finished sample run with images, labels and a grid, as the sample command leaves it."""
     x, attrs = shapes.draw(n, 2)
-    with Run.open("sample", name, {"num": n, "seed": 0}) as run:
+    with Run.open("sample", name, {"num": n, "seed": 0, "batch_size": 16}) as run:
         save_png_dir(x, run.path / "images")
         (run.path / "labels.json").write_text(json.dumps(attrs["shape"].tolist()))
         save_png(x[0].permute(1, 2, 0).numpy(), run.path / "grid.png")
@@ -72,6 +72,7 @@ def test_a_piped_sample_record_keeps_its_stack_cost_grid_and_parent(place):
     parent = sample_run(place)
     record = record_of(arsp("-", "--reference", "ref.npz", "--metric", "fid,acc", "--json", stdin=json.dumps(parent)))
     assert record["parents"] == [parent["id"]] and record["stack"] == parent["stack"] and record["cost"]["passes"] == 64
+    assert record["cost"]["batch_size"] == 16, "the batch size that the costs were measured at, not the one of this command"
     kinds = {a["kind"]: a["path"] for a in record["artifacts"]}
     assert set(kinds) == {"image-dir", "grid"} and all(path.startswith("/") for path in kinds.values()), kinds
     assert values(record)["class_accuracy"] == 1.0, "labels.json of the sample run belongs to its images"
