@@ -1,4 +1,4 @@
-"""What every attention layer calls: the dense policy, its context, and a key-value cache that lives outside the modules."""
+"""Shared by the architectures: the bias-free linear layer, the key-value cache outside the modules, and the dense attention policy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from arsp.kernels import small_linear
+
+
+class Linear(nn.Linear):
+    """Bias-free linear layer; decoding few rows on the CPU reads every weight once (:func:`arsp.kernels.small_linear`)."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return small_linear(x, self.weight)
 
 
 class KVCache:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arsp.errors import ConfigError
-from arsp.models.attention import AttentionContext, DensePolicy
+from arsp.models.attention import AttentionContext, DensePolicy, Linear
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class GPT(nn.Module):
         self.tok_dropout = nn.Dropout(config.token_dropout_p)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size)
         self._rope: Tensor | None = None
 
     def forward(self, codes_Bn: Tensor, condition: Tensor, caption_mask_BP: Tensor | None = None) -> Tensor:
@@ -158,8 +158,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head, self.head_dim = config.n_head, config.head_dim
-        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wqkv = Linear(config.dim, 3 * config.dim)
+        self.wo = Linear(config.dim, config.dim)
         self.resid_dropout = nn.Dropout(config.resid_dropout_p)
 
     def forward(self, x_BnC: Tensor, rope: Tensor, layer: int, ctx: AttentionContext, policy: DensePolicy) -> Tensor:
@@ -173,9 +173,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w1 = Linear(config.dim, config.ffn_dim)
+        self.w3 = Linear(config.dim, config.ffn_dim)
+        self.w2 = Linear(config.ffn_dim, config.dim)
         self.ffn_dropout = nn.Dropout(config.ffn_dropout_p)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arsp.models.attention import AttentionContext, DensePolicy
+from arsp.models.attention import AttentionContext, DensePolicy, Linear
 from arsp.models.llamagen import GPT, Block, GPTConfig, LabelEmbedder, RMSNorm, rope_table
 
 
@@ -27,7 +27,7 @@ class LlamaGenStudent(nn.Module):
         self.tok_embeddings = nn.Linear(code_dim, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size)
         self.final_layer_conti = ContinuousHead(config.dim, code_dim)
         self.n_d_embed = nn.Embedding(2, config.dim)
         self.policy = DensePolicy()
@@ -47,6 +47,19 @@ class LlamaGenStudent(nn.Module):
         return self.output(self.norm(h))[:, 1:].float(), self.final_layer_conti(h, class_B1C)[:, 1:].float()
 
     @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """A start without a teacher: matrices and tables N(0, initializer_range), norms 1, biases and ``output`` zero,
+        ``scale_shift_table`` N(0, 1/C)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0.0, self.config.initializer_range, generator=generator)
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+        self.output.weight.zero_()
+        self.tok_embeddings.bias.zero_()
+        self._init_continuous_head(generator)
+
+    @torch.no_grad()
     def init_from_teacher(self, teacher: GPT, codebook_VE: Tensor, generator: torch.Generator | None = None, ridge: float = 1e-3) -> None:
         """Class table, blocks, norm and output copied; ``tok_embeddings`` = ridge least squares from codebook vectors to the
         teacher's code embeddings, so that data tokens start near the teacher's own representation; the rest N(0, 0.02)."""
@@ -60,6 +73,9 @@ class LlamaGenStudent(nn.Module):
         self.tok_embeddings.weight.copy_(solution[:-1].T)
         self.tok_embeddings.bias.copy_(solution[-1])
         self.n_d_embed.weight.normal_(0.0, 0.02, generator=generator)
+        self._init_continuous_head(generator)
+
+    def _init_continuous_head(self, generator: torch.Generator | None) -> None:
         self.final_layer_conti.linear.weight.normal_(0.0, 0.02, generator=generator)
         self.final_layer_conti.linear.bias.zero_()
         table = self.final_layer_conti.scale_shift_table
