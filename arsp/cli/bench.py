@@ -104,9 +104,9 @@ def run_bench(ctx: CommandContext, config: BenchConfig, recipes: list[Any]) -> d
     from arsp.runs import Run, stop_signals
 
     device = ctx.setup_torch()
+    contenders = load(ctx, config, recipes, device)
     with Run.open("bench", recipes[0].model, config, ctx.opts.out, resume=False) as run, stop_signals():  # a timing is never reused
         run.record["environment"]["device"] = str(device)
-        contenders = load(ctx, config, recipes, device)
         together = config.compare or config.baseline is not None
         groups = [contenders] if together else [[contender] for contender in contenders]
         timings: dict[str, Timing] = {}

@@ -12,12 +12,12 @@ import threading
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arsp.errors import ConfigError, ResourceError, nearest
 from arsp.kernels import build, ops, reference
 
-__all__ = ["BACKENDS", "MAX_ROWS", "Linear", "backends", "set_backend", "small_linear"]
+__all__ = ["BACKENDS", "MAX_ROWS", "backends", "set_backend", "small_linear"]
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 MAX_ROWS = 16  # up to here the weights are what a linear layer waits for; beyond, torch's blocked product is better
@@ -100,13 +100,3 @@ def small_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     if width == 0 or x_MK.numel() > MAX_ROWS * width:
         return reference.small_linear(x_MK, weight_NK)
     return _kernel(x_MK.reshape(-1, width), weight_NK).view(*x_MK.shape[:-1], weight_NK.shape[0])
-
-
-class Linear(nn.Linear):
-    """A linear layer without bias that decodes through :func:`small_linear`; same parameters and state dict as ``nn.Linear``."""
-
-    def __init__(self, in_features: int, out_features: int, **options: object):
-        super().__init__(in_features, out_features, bias=False, **options)
-
-    def forward(self, x_MK: Tensor) -> Tensor:
-        return small_linear(x_MK, self.weight)
