@@ -22,6 +22,7 @@ namespace {
 using Bf16 = c10::BFloat16;
 
 constexpr int64_t kMaxGroup = 8;            // rows of x whose sums fit in registers
+constexpr int64_t kNearBytes = 22 << 10;    // rows of x up to this size stay in the first-level cache beside the stream of weights
 constexpr int64_t kChunkBytes = 48 << 10;   // weights that stay in the nearest caches while several groups of x pass over them
 constexpr int64_t kThreadBytes = 64 << 10;  // least weight traffic that is worth a thread
 constexpr int kPrefetchBytes = 2048;        // how far ahead of the loads, along each row of the weight

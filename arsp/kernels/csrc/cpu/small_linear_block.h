@@ -2,7 +2,7 @@
 // set (so no include guard), inside a namespace, after defining
 //   ARSP_TARGET          the target attribute
 //   ARSP_LANES           floats in a vector register
-//   ARSP_BLOCK_ROWS(MR)  weight rows held in registers beside MR rows of x
+//   ARSP_BLOCK_ROWS(MR)  weight rows held in registers beside MR rows of a large x
 //   ARSP_BF16_DOT        only where the processor multiplies pairs of bfloat16 itself
 
 typedef float vec __attribute__((vector_size(4 * ARSP_LANES)));
@@ -84,12 +84,15 @@ ARSP_TARGET void block(const W* w, const X* x, int64_t K, float* out, int64_t ou
   }
 }
 
-// Weight rows [begin, end) against MR rows of x.
+// Weight rows [begin, end) against MR rows of x. While x stays in the first-level cache, one weight row at a time is best: the
+// weights then stream from memory in one straight line. A larger x must not be read anew for every weight row.
 template <int MR, typename W, typename X>
 ARSP_TARGET void rows(const W* w, const X* x, int64_t K, float* out, int64_t out_stride, int64_t begin, int64_t end) {
   constexpr int NR = ARSP_BLOCK_ROWS(MR);
   int64_t n = begin;
-  for (; n + NR <= end; n += NR) block<NR, MR>(w + n * K, x, K, out + n, out_stride);
+  if (MR * K * static_cast<int64_t>(sizeof(X)) > kNearBytes) {
+    for (; n + NR <= end; n += NR) block<NR, MR>(w + n * K, x, K, out + n, out_stride);
+  }
   for (; n < end; ++n) block<1, MR>(w + n * K, x, K, out + n, out_stride);
 }
 
