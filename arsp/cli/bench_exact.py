@@ -17,7 +17,7 @@ RECOMMENDED_NUM = 200_000
 class ExactConfig(StrictModel):
     """What is drawn and from which law."""
 
-    samplers: list[str] = Field(default=["ar"], min_length=1, description="names: ar, ar-torch, flow, or registered samplers")
+    samplers: list[str] = Field(default=["ar"], min_length=1, description="ar, ar-torch, flow, dd1, dd1-2step, or registered samplers")
     testbed: Literal["random", "toy"] = Field(default="random", description="random: 5 codes, 4 tokens; toy: the distillation toy")
     num: int = Field(default=RECOMMENDED_NUM, ge=1, description="sequences a seed")
     seeds: int = Field(default=3, ge=1, description="number of seeds; all must pass")
@@ -34,6 +34,7 @@ class ExactConfig(StrictModel):
         "arsp bench exact",
         "arsp bench exact --sampler ar --sampler flow --json",
         "arsp bench exact --top-k 3 --fail-if 'exact_tv>0.02'",
+        "arsp bench exact --testbed toy --sampler dd1 --sampler dd1-2step --fail-if 'exact_tv>0.1'",
     ],
     shared=("seed", "threads", "batch_size", "config", "out", "fail_if", "print_config"),
     schema=ExactConfig,
@@ -41,7 +42,7 @@ class ExactConfig(StrictModel):
 def exact(
     ctx: CommandContext,
     sampler: Annotated[
-        Optional[list[str]], typer.Option(help="ar, ar-torch, flow or a registered one; may be repeated (default: ar)")
+        Optional[list[str]], typer.Option(help="ar, ar-torch, flow, dd1, dd1-2step or a registered one; may be repeated (default: ar)")
     ] = None,
     testbed: Annotated[Optional[str], typer.Option(help="random (625 sequences) or toy (4096 sequences) (default: random)")] = None,
     num: Annotated[Optional[int], typer.Option(help="Sequences a seed (default: 200000)")] = None,
@@ -68,6 +69,8 @@ def exact(
     ctx.setup_torch()
     if config.num < RECOMMENDED_NUM:
         ctx.log(f"{config.num} sequences find only large deviations; the protocol asks for {RECOMMENDED_NUM}", "warning")
+    if any(name.startswith("dd1") for name in config.samplers):
+        ctx.log("dd1: a small student is trained on the testbed first (about a minute)")
     with Run.open("bench-exact", "-".join(config.samplers), config, ctx.opts.out, resume=False) as run:  # a verdict is never reused
         run.record["metrics"] = measure(ctx, config, pipeline)
         run.record["stack"] = {"name": f"tabular-{config.testbed}", "samplers": config.samplers}

@@ -18,6 +18,7 @@ from torch import Tensor
 from arsp.decode.ar import ARGenerator, Callback
 from arsp.decode.filters import LogitsPipeline
 from arsp.distill.flow import FlowSettings, keyed_noise, prepare_codebook, sample_through_map
+from arsp.distill.tabular import TabularStudent
 from arsp.errors import ConfigError, nearest
 from arsp.protocols import Generation, Generator, Request
 from arsp.registry import Registry
@@ -139,6 +140,8 @@ SAMPLERS: dict[str, tuple[str, Callable[[TabularDecoder], Generator]]] = {
     "ar": ("exact", ARGenerator),
     "ar-torch": ("exact", lambda decoder: ARGenerator(decoder, rng="torch")),
     "flow": ("approximate", FlowGenerator),
+    "dd1": ("approximate", TabularStudent),
+    "dd1-2step": ("approximate", lambda decoder: TabularStudent(decoder, steps=2)),
 }
 
 

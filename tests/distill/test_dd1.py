@@ -138,7 +138,7 @@ def test_held_out_figures_are_means_over_samples_and_positions():
     for suffix, first in (("", 0), ("_t4", 4)):
         for name, expected in (("ce", nats[:, first:].mean()), ("accuracy", hits[:, first:].mean())):
             found = figures[f"heldout_{name}{suffix}"]
-            assert math.isclose(found, float(expected), rel_tol=1e-4), (name + suffix, found, float(expected))
+            assert math.isclose(found, expected.item(), rel_tol=1e-4), (name + suffix, found, expected.item())
     assert_close(torch.tensor(task.accuracy_by_position(student)), hits.mean(0), abs_tol=1e-5, what="accuracy by position")
 
 
