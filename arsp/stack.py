@@ -83,14 +83,18 @@ class Stack:
         self.stats = dict(generation.stats)
         return images
 
+    def require_tokenizer(self) -> Any:
+        """The tokenizer; InputError where an official file came without one."""
+        if self.model.tokenizer is None:
+            raise InputError(f"{self.model.name} has no tokenizer to decode its codes.", "Give --tokenizer FILE.")
+        return self.model.tokenizer
+
     @torch.inference_mode()
     def decode(self, generation: Generation) -> Tensor:
         """uint8 images of codes, or of continuous vectors where the generation has them."""
-        vq = self.model.tokenizer
-        if vq is None:
-            raise InputError(f"{self.model.name} has no tokenizer to decode its codes.", "Give --tokenizer FILE.")
+        vq = self.require_tokenizer()
         codes = generation.codes_BL
-        pixels = vq.decode_codes(codes) if generation.embeddings_BLE is None else vq.decode_embeddings(generation.embeddings_BLE)
+        pixels = vq.decode_codes(codes) if generation.embeddings_BLE is None else vq.decode_embeddings(generation.embeddings_BLE.to(vq.codebook_VE))
         if self.config.image_size is not None and self.config.image_size != pixels.shape[-1]:
             pixels = resize_for_evaluation(pixels, self.config.image_size)
         return to_uint8(pixels).cpu()
@@ -125,8 +129,10 @@ class Stack:
 def check(config: StackConfig) -> ModelSource:
     """Refuse an impossible stack before any weight is read; returns the resolved model."""
     source = resolve(config.model, tokenizer=config.tokenizer)
-    if source.kind == "tokenizer":
-        raise ConfigError(f"{config.model} is a tokenizer, it generates nothing.", "See: arsp models ls")
+    if source.kind not in ("teacher", "student"):
+        raise ConfigError(f"{config.model} is of kind '{source.kind}', it generates nothing.", "See: arsp models ls")
+    if source.kind == "student" and source.origin == "file" and config.tokenizer is None:
+        raise InputError(f"{source.name} is a student: it needs the codebook of its tokenizer.", "Give --tokenizer FILE.")
     tokens = source.layout.num_tokens
     only_student = {"--student-steps": config.student_steps, "--split": config.split, "--teacher-range": config.teacher_range}
     if source.kind == "teacher":
@@ -136,18 +142,24 @@ def check(config: StackConfig) -> ModelSource:
         SAMPLERS.get(config.sampler)
         if config.baseline:
             parse_baseline(config.baseline, tokens)
+            if config.rng != "keyed":
+                raise ConfigError(f"--rng {config.rng} has no effect on --baseline {config.baseline}, which draws with the keyed stream.")
     else:
         if config.baseline:
             raise ConfigError(f"--baseline is a control made from a teacher; {source.name} is a student.", f"Use --model {source.card.get('teacher', 'llamagen')}.")
         if config.sampler != "ar":
             raise ConfigError(f"--sampler {config.sampler} needs an autoregressive teacher; {source.name} is a distilled student.")
+        if config.rng != "keyed":
+            raise ConfigError(f"--rng {config.rng} has no effect on {source.name}: the noise of a student is keyed by (seed, image).")
         sampling = {"--cfg": config.cfg, "--temperature": config.temperature, "--top-k": config.top_k, "--top-p": config.top_p, "--top-h": config.top_h}
-        given = [option for option, value in sampling.items() if value is not None]
+        given = [option for option, value in sampling.items() if value is not None] + ["--cfg-interval"] * (config.cfg_interval >= 0)
         if given and config.teacher_range is None:
             raise ConfigError(f"{', '.join(given)}: a student has its teacher's rule baked in and does not sample.", "Drop it, or add --teacher-range N-M.")
         FewStep(step_counts(config.student_steps or 1, tokens, source.card["known"][1:]), _split(config)).check(tokens)
         if config.teacher_range:
             parse_teacher_range(config.teacher_range, tokens)
+            _teacher_source(source)
+    sampling_rule(source.card, config)
     return source
 
 
@@ -177,20 +189,25 @@ def sampling_rule(card: dict[str, Any], config: StackConfig | Any) -> tuple[Guid
     rule = card.get("sampling") or {}
     pick = lambda key, default: getattr(config, key) if getattr(config, key) is not None else rule.get(key, default)  # noqa: E731
     guidance = Guidance(pick("cfg", 1.0), config.cfg_interval)
-    return guidance, LogitsPipeline(pick("temperature", 1.0), pick("top_k", 0), pick("top_p", 1.0), pick("top_h", 0.0))
+    return guidance, LogitsPipeline(pick("temperature", 1.0), int(pick("top_k", 0)), pick("top_p", 1.0), pick("top_h", 0.0))
 
 
 def _split(config: StackConfig) -> int:
     return -1 if config.split is None else config.split
 
 
+def _teacher_source(student: ModelSource) -> ModelSource:
+    """The teacher that a student's card or bundle names. ConfigError when it names none or one over other codes."""
+    if not student.card.get("teacher"):
+        raise ConfigError(f"{student.name} does not say which teacher it was distilled from, and --teacher-range needs it.")
+    teacher = resolve(student.card["teacher"])
+    if teacher.kind != "teacher" or any(teacher.config[key] != student.config[key] for key in ("vocab_size", "block_size")):
+        raise ConfigError(f"{student.name} was not distilled from {teacher.name}: their codes differ.")
+    return teacher
+
+
 def _teacher_of(source: ModelSource, config: StackConfig, device: torch.device | str, dtype: torch.dtype) -> LoadedModel | None:
-    if not config.teacher_range:
-        return None
-    name = source.card.get("teacher")
-    if not name:
-        raise ConfigError(f"{source.name} does not say which teacher it was distilled from.")
-    return load_model(name, device, dtype, with_tokenizer=False)
+    return load_model(_teacher_source(source), device, dtype, with_tokenizer=False) if config.teacher_range else None
 
 
 def _baseline(config: StackConfig, model: LoadedModel, decoder: Any, pipeline: LogitsPipeline, ar: Generator, log: Callable[[str], None]) -> Generator:
@@ -228,6 +245,7 @@ def sample_images(
 ) -> tuple[Tensor, list[int] | None, dict[str, Any], dict[str, Any]]:  # fmt: skip
     """``num`` uint8 images of a model, their labels, and the ``stack`` and ``cost`` blocks of a record. ``options``: StackConfig."""
     stack = build(StackConfig(model=model, **options), device, dtype, log)
+    stack.require_tokenizer()
     labels, parts = labels_for(stack, num, seed, classes), []
     for ids, images in stack.batches(num, seed, labels, batch_size or DEFAULT_BATCH):
         parts.append(images)

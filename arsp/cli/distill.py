@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 def distill(
     ctx: CommandContext,
     teacher: Annotated[Optional[str], typer.Option(help="Zoo name, bundle, or official file [default: llamagen, embedded]")] = None,
+    tokenizer: Annotated[Optional[str], typer.Option(help="Tokenizer file of an official GPT file")] = None,
     method: Annotated[Optional[str], typer.Option(help="dd1 (arXiv 2412.17153)")] = None,
     student_steps: Annotated[Optional[int], typer.Option(help="1: one pass; 2: one student for one and two passes [default: 2]")] = None,
     steps: Annotated[Optional[int], typer.Option(help="Optimiser updates [default: about eight minutes on two CPU cores]")] = None,
@@ -40,12 +41,12 @@ def distill(
     from arsp.zoo.load import resolve
 
     named = {
-        "teacher": teacher, "method": method, "student_steps": student_steps, "optim.steps": steps, "trajectories.num": trajectories, "optim.lr": lr,
+        "teacher": teacher, "tokenizer": tokenizer, "method": method, "student_steps": student_steps, "optim.steps": steps, "trajectories.num": trajectories, "optim.lr": lr,
         "optim.batch_size": batch_size, "optim.seed": seed,
     }  # fmt: skip
     config = ctx.resolve(dd.DistillConfig, named)
     run_method = Registry("methods").get(config.method)
-    source = resolve(config.teacher)
+    source = resolve(config.teacher, tokenizer=config.tokenizer)
     config = dd.check(config, source)
     guidance, pipeline = sampling_rule(source.card, config.trajectories)
     ctx.plan(config)

@@ -51,7 +51,11 @@ def describe(name: str) -> dict[str, Any]:
 
     source = resolve(name)
     with torch.device("meta"):
-        if source.kind == "tokenizer":
+        if source.kind == "features":
+            from arsp.metrics.features import FeatNet
+
+            module = FeatNet()
+        elif source.kind == "tokenizer":
             module = source.family.build_tokenizer(source.config)
         elif source.kind == "student":
             module = source.family.build_student(source.config, source.card["code_dim"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -106,6 +107,8 @@ def sample(
     bad = [c for c in config.classes if not 0 <= c < len(names)]
     if bad:
         raise UsageError(f"--class {bad[0]}: {source.name} has classes 0..{len(names) - 1}.", "See: arsp sample --list-classes")
+    if "class" not in source.capabilities.conditions:
+        raise ConfigError(f"{source.name} is text-conditional: it needs caption features, which this command cannot make.", "Use arsp as a library: arsp.decode.decoder.RasterDecoder with Request(captions_BPE=...).")
     ctx.plan({"sample": config.num, "stack": recipe.model_dump(exclude_none=True), "classes": config.classes, "seed": config.seed})
     ctx.emit(run_sample(ctx, config, recipe, out, grid))
 
@@ -123,7 +126,7 @@ def class_names(card: dict[str, Any], config: dict[str, Any]) -> list[str]:
 
 def class_id(text: str, names: list[str]) -> int:
     """A class given by id or by name. UsageError with the nearest names."""
-    if text.lstrip("-").isdigit():
+    if re.fullmatch(r"-?[0-9]+", text):
         return int(text)
     if text not in names:
         raise UsageError(f"--class '{text}': no such class.", nearest(text, names))
@@ -140,10 +143,11 @@ def run_sample(ctx: CommandContext, config: SampleConfig, recipe: Any, out: Path
             stack = stacks.build(recipe, device, ctx.torch_dtype(), ctx.log)
             if stack.model.source.origin == "embedded":
                 ctx.log(f"{stack.model.name}: embedded tiny model ({stack.model.source.card['about']})")
-            if "class" not in stack.model.source.capabilities.conditions:
-                raise ConfigError(f"{stack.model.name} is text-conditional: it needs caption features, which this command cannot make.", "Use arsp as a library: arsp.decode.decoder.RasterDecoder with Request(captions_BPE=...).")
+            stack.require_tokenizer()
             make_images(ctx, config, stack, run)
             complete(config, stack, run)
+        elif config.npz is not None and not Path(config.npz).exists():
+            write_npz(config, run)
         if grid is not None:
             copy_grid(run.path / "grid.png", grid)
         return run.record
@@ -174,20 +178,28 @@ def make_images(ctx: CommandContext, config: SampleConfig, stack: Stack, run: Ru
 
 def complete(config: SampleConfig, stack: Stack, run: Run) -> None:
     """Grid, npz, stack, cost and artifacts of a run whose images are all there."""
-    from arsp.data.images import load_images, make_grid, save_npz, save_png
+    from arsp.data.images import image_files, load_images, make_grid, save_png
 
-    images = load_images(run.path / "images")
+    files = image_files(run.path / "images")
     labels = json.loads((run.path / "labels.json").read_text())
-    shown = images[: config.grid_images]
+    shown = load_images(files[: config.grid_images])
     save_png(make_grid(shown, columns=min(config.grid_columns, len(shown))), run.path / "grid.png")
     run.record["stack"] = stack.describe()
     run.record["seed"] = config.seed
     run.record["environment"]["device"] = str(stack.device)
     run.set_cost(**stack.cost())
-    run.add_artifact(run.path / "images", "image-dir", num=len(images))
+    run.add_artifact(run.path / "images", "image-dir", num=len(files))
     run.add_artifact(run.path / "grid.png", "grid", labels=labels[: len(shown)])
     if config.npz is not None:
-        run.add_artifact(save_npz(images, Path(config.npz), labels), "npz", num=len(images))
+        write_npz(config, run)
+
+
+def write_npz(config: SampleConfig, run: Run) -> None:
+    """All images and labels of a run in the ADM layout, and its artifact entry."""
+    from arsp.data.images import load_images, save_npz
+
+    images, labels = load_images(run.path / "images"), json.loads((run.path / "labels.json").read_text())
+    run.add_artifact(save_npz(images, Path(config.npz), labels), "npz", num=len(images))
 
 
 def copy_grid(source: Path, target: Path) -> None:

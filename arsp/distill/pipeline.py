@@ -20,7 +20,7 @@ from arsp.decode.guidance import Guidance
 from arsp.distill.dd1 import DD1Config, DD1Task
 from arsp.distill.flow import FlowSettings
 from arsp.distill.trajectories import Trajectories, TrajectoryRule, generate_shards, load_shards
-from arsp.errors import ConfigError
+from arsp.errors import ConfigError, InputError
 from arsp.train.loop import OptimConfig, fit
 from arsp.zoo.bundle import save_bundle
 from arsp.zoo.load import LoadedModel, ModelSource
@@ -33,7 +33,7 @@ class TrajectoryConfig(StrictModel):
     held_out: int = Field(1000, ge=1, description="of these kept for the held-out figures")
     shard_size: int = Field(2000, ge=1)
     batch_size: int = Field(500, ge=1)
-    seed: int = Field(20_241_217, description="of labels, noise and therefore of every trajectory")
+    seed: int = Field(20_241_217, ge=0, lt=1 << 64, description="of labels, noise and therefore of every trajectory")
     cfg: float | None = Field(None, ge=0)
     cfg_interval: int = Field(-1, ge=-1)
     temperature: float | None = Field(None, gt=0)
@@ -48,6 +48,7 @@ class DistillConfig(StrictModel):
     """Configuration of ``arsp distill``."""
 
     teacher: str = Field("llamagen", description="zoo name, bundle, or official file")
+    tokenizer: str | None = Field(None, description="tokenizer file of an official GPT file")
     method: str = Field("dd1", description="distillation method")
     student_steps: int = Field(2, ge=1, le=2, description="1: trained for one pass; 2: also for a second pass that starts at known[1] codes")
     second_step_at: int | None = Field(None, ge=1, description="known codes at the second pass (default: 5/16 of the sequence, as published for 256)")
@@ -80,6 +81,10 @@ def check(config: DistillConfig, source: ModelSource) -> DistillConfig:
     second = config.second_step_at or max(1, round(tokens * 5 / 16))
     known = (0,) if config.student_steps == 1 else (0, second)
     FewStep(known).check(tokens)
+    if config.objective.known not in ((0,), known):
+        raise ConfigError(f"objective.known {list(config.objective.known)}: it follows from student_steps and second_step_at, here {list(known)}.")
+    if source.origin == "file" and config.tokenizer is None:
+        raise InputError(f"{source.name} is an official file without a tokenizer, and the flow map needs its codebook.", "Give --tokenizer FILE.")
     if config.trajectories.held_out >= config.trajectories.num:
         raise ConfigError(f"trajectories.held_out {config.trajectories.held_out} leaves nothing of trajectories.num {config.trajectories.num} to train on.")
     return config.model_copy(update={"objective": config.objective.model_copy(update={"known": known}), "second_step_at": second})
@@ -120,7 +125,7 @@ def make_task(config: DistillConfig, teacher: LoadedModel, everything: Trajector
     generator = torch.Generator().manual_seed(config.optim.seed)
     torch.manual_seed(config.optim.seed)
     student = teacher.source.family.build_student(teacher.source.config, book.shape[1]).float()
-    student.init_from_teacher(teacher.module.float(), book.cpu(), generator)
+    student.init_from_teacher(teacher.module.float().cpu(), book.cpu(), generator)  # its work on the device is done
     task = DD1Task(student, book, config.objective, everything.rows(slice(config.trajectories.held_out, None)), everything.rows(slice(0, config.trajectories.held_out)))
     dataset = teacher.source.card.get("dataset")
     if config.probe_images and dataset is not None:

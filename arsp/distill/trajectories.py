@@ -1,9 +1,9 @@
 """Trajectory shards of distilled decoding: class labels and teacher codes; the noise is regenerated from (seed, sample id).
 
 A shard is one safetensors file, complete or absent, so generation resumes where it stopped and a shard's content does not
-depend on the batch size. ``labels (N,) int16``, ``tokens (N, L) int16|int32``, ``sample_ids (N,) int64``; metadata: teacher and
-codebook hashes, sampling rule, solver, seed, and a check sum of the first 64 noise values (the generator must agree bit for bit
-on the integers and to 1e-6 on the normals on every machine).
+depend on the batch size. ``labels (N,) int16``, ``tokens (N, L) int16|int32``, ``sample_ids (N,) int64``, and ``noise_check``,
+the first 64 noise values (the generator must agree bit for bit on the integers and to 1e-6 on the normals on every machine).
+Metadata: teacher and codebook hashes, sampling rule, solver, seed, and a hash of the tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -83,7 +83,7 @@ def generate_shards(
         check = request_noise(shard_request(rule, first, 1), decoder.layout.num_tokens, codebook_VE.shape[1]).flatten()[:64]
         with atomic_file(path) as temporary:
             tensors = {"tokens": torch.cat(tokens).to(small), "labels": torch.cat(labels).to(torch.int16), "sample_ids": torch.arange(first, first + count), "noise_check": check.contiguous()}  # fmt: skip
-            save_file(tensors, temporary, metadata=meta)
+            save_file(tensors, temporary, metadata={**meta, "content_sha256": _content_hash(tensors)})
     return paths
 
 
@@ -113,28 +113,47 @@ class Trajectories:
 
 def load_shards(paths: list[Path], code_dim: int) -> Trajectories:
     """Read shards; InputError when one is damaged or its noise cannot be reproduced on this machine."""
-    parts, seed = [], None
-    for path in paths:
-        try:
-            tensors = load_file(path)
-            with safe_open(path, "pt") as file:
-                seed = int(file.metadata()["seed"])
-        except Exception as error:
-            raise InputError(f"trajectory shard {path} cannot be read: {error}", f"Delete {path} and run the same command again.") from error
-        first = Request(tensors["sample_ids"][:1], seed)
-        again = request_noise(first, tensors["tokens"].shape[1], code_dim).flatten()[:64]
-        if not torch.allclose(again, tensors["noise_check"], atol=1e-6):
-            raise InputError(f"{path}: the noise regenerated here differs from the noise it was made with.", f"Delete {path.parent} to make it anew.")
-        parts.append(tensors)
-    joined = {key: torch.cat([part[key] for part in parts]) for key in ("tokens", "labels", "sample_ids")}
-    return Trajectories(joined["tokens"], joined["labels"], joined["sample_ids"], seed, code_dim)
+    shards = [_read_shard(path, code_dim) for path in paths]
+    joined = {key: torch.cat([tensors[key] for tensors, _ in shards]) for key in ("tokens", "labels", "sample_ids")}
+    return Trajectories(joined["tokens"], joined["labels"], joined["sample_ids"], shards[-1][1], code_dim)
+
+
+def _read_shard(path: Path, code_dim: int) -> tuple[dict[str, Tensor], int]:
+    """Tensors and seed of one shard, its content hash and its noise checked."""
+    again = f"Delete {path} and run the same command again."
+    try:
+        tensors = load_file(path)
+        found = _metadata(path)
+        intact = found["content_sha256"] == _content_hash(tensors)
+        seed, num_tokens = int(found["seed"]), tensors["tokens"].shape[1]
+    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
+        raise InputError(f"trajectory shard {path} cannot be read: {type(error).__name__}: {error}", again) from error
+    if not intact:
+        raise InputError(f"trajectory shard {path} is damaged: its content hash differs from the stored one.", again)
+    noise = request_noise(Request(tensors["sample_ids"][:1], seed), num_tokens, code_dim).flatten()[:64]
+    if not torch.allclose(noise, tensors["noise_check"], atol=1e-6):
+        raise InputError(f"{path}: the noise regenerated here differs from the noise it was made with.", f"Delete {path.parent} to make it anew.")
+    return tensors, seed
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def _content_hash(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_meta(path: Path, expected: dict[str, str]) -> None:
+    """InputError when a shard that is already there was made by another teacher or rule, or is damaged."""
     try:
-        with safe_open(path, "pt") as file:
-            found = file.metadata() or {}
-    except Exception as error:
+        found = _metadata(path)
+    except (OSError, SafetensorError) as error:
         raise InputError(f"trajectory shard {path} cannot be read: {error}", f"Delete {path} and run the same command again.") from error
     for key, value in expected.items():
         if found.get(key) != value:

@@ -39,10 +39,15 @@ def restore_latest(folder: Path, task: nn.Module, optimizer: torch.optim.Optimiz
     if not complete:
         return False
     path = complete[-1]
-    saved = json.loads((path / "state.json").read_text())
+    hint = f"Delete {path} to resume from the one before it."
+    try:
+        saved = json.loads((path / "state.json").read_text())
+        saved["state"]["step"], saved["sha256"]["task.safetensors"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"checkpoint {path / 'state.json'} is damaged ({type(error).__name__}: {error}).", hint) from error
     for name, expected in saved["sha256"].items():
         if not (path / name).is_file() or sha256_file(path / name) != expected:
-            raise InputError(f"checkpoint {path / name} is missing or damaged (SHA-256 differs).", f"Delete {path} to resume from the one before it.")
+            raise InputError(f"checkpoint {path / name} is missing or damaged (SHA-256 differs).", hint)
     task.load_state_dict(load_file(path / "task.safetensors"))
     _unflatten(optimizer, load_file(path / "optimizer.safetensors"))
     if average is not None:

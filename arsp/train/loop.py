@@ -37,7 +37,7 @@ class OptimConfig(StrictModel):
     clip: float = Field(1.0, gt=0, description="gradient norm")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the exported moving average (0 = export the raw weights)")
     autocast: Literal["bf16", "off"] = Field("bf16", description="mixed precision of the forward pass")
-    seed: int = Field(0, description="of initialisation, batches and dropout")
+    seed: int = Field(0, ge=0, lt=1 << 64, description="of initialisation, batches and dropout")
     eval_every: int = Field(500, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
@@ -75,34 +75,35 @@ def fit(
     task.to(device).train()
     optimizer = torch.optim.AdamW(_groups(task.trained, config.weight_decay), lr=config.lr, betas=config.betas)
     average = {k: v.detach().clone() for k, v in task.trained.state_dict().items()} if config.ema else None
-    state = {"step": 0, "elapsed_s": 0.0, "history": []}
+    state = {"step": 0, "elapsed_s": 0.0, "history": [], "sums": {}, "summed": 0}  # sums: training losses since the last evaluation
     folder = directory / "checkpoints"
     if checkpoint.restore_latest(folder, task, optimizer, average, state):
         log(f"resumed at step {state['step']} of {config.steps}")
         progress(state["step"])
-    clock, sums, count = time.monotonic(), {}, 0
+    clock = time.monotonic()
     while True:
         step = state["step"]
         done = step >= config.steps
         interrupted = _stop_requested()
         if step and (done or step % config.eval_every == 0) and (not state["history"] or state["history"][-1]["step"] != step):
             state["elapsed_s"] += time.monotonic() - clock
-            figures = _evaluate(task, average) | {k: v / max(count, 1) for k, v in sums.items()}
+            figures = _evaluate(task, average) | {k: v / state["summed"] for k, v in state["sums"].items()}
             state["history"].append({"step": step, "minutes": round(state["elapsed_s"] / 60, 3), **{k: round(float(v), 6) for k, v in figures.items()}})
             log(f"step {step}/{config.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-            clock, sums, count = time.monotonic(), {}, 0
+            clock, state["sums"], state["summed"] = time.monotonic(), {}, 0
         if done or interrupted or (step and step % config.checkpoint_every == 0):
             state["elapsed_s"], clock = state["elapsed_s"] + time.monotonic() - clock, time.monotonic()
             checkpoint.save(folder, task, optimizer, average, state, keep=config.keep)
         if done:
             break
-        check_stop()
+        if interrupted:
+            check_stop()
         losses = _update(task, optimizer, config, step, device)
         if average is not None:
             _average(average, task.trained, min(config.ema, (step + 1) / (step + 10)))
         for key, value in losses.items():
-            sums[key] = sums.get(key, 0.0) + value
-        count += 1
+            state["sums"][key] = state["sums"].get(key, 0.0) + value
+        state["summed"] += 1
         state["step"] = step + 1
         progress(1)
     if average is not None:

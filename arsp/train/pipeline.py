@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from arsp.config import StrictModel
-from arsp.errors import ConfigError, InputError
+from arsp.data.shapes import VARIANTS
+from arsp.errors import ConfigError, InputError, nearest
 from arsp.metrics.features import FEATNET_NAME
 from arsp.models.llamagen import GPTConfig
 from arsp.runs import atomic_file
@@ -28,7 +30,7 @@ class VQSection(StrictModel):
     """Sizes of the tokenizer; the defaults are those of the embedded one (32x32 px -> 4x4 codes)."""
 
     ch: int = Field(32, ge=32, multiple_of=32)
-    ch_mult: tuple[int, ...] = (1, 2, 2, 2)
+    ch_mult: tuple[PositiveInt, ...] = Field((1, 2, 2, 2), min_length=1)
     num_res_blocks: int = Field(1, ge=1)
     z_channels: int = Field(64, ge=32, multiple_of=32)
     codebook_size: int = Field(256, ge=2)
@@ -54,6 +56,16 @@ class TokenizerTraining(StrictModel):
     optim: OptimConfig = OptimConfig(steps=3000, batch_size=32, lr=1e-3, warmup=100, schedule="flat-linear", eval_every=100)
 
 
+class SamplingSection(StrictModel):
+    """The rule that the card of a teacher recommends."""
+
+    cfg: float = Field(1.5, ge=0)
+    temperature: float = Field(1.0, ge=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(0.95, ge=0, le=1)
+    top_h: float = Field(0.0, ge=0, le=1)
+
+
 class TeacherTraining(StrictModel):
     """Configuration of ``arsp train teacher``."""
 
@@ -61,7 +73,7 @@ class TeacherTraining(StrictModel):
     tokenizer: str = "shapes-vq16"
     gpt: GPTSection = GPTSection()
     optim: OptimConfig = OptimConfig(steps=4000, batch_size=128, lr=1.5e-3, warmup=150, schedule="cosine", eval_every=200, checkpoint_every=500)
-    sampling: dict[str, float] = Field({"cfg": 1.5, "temperature": 1.0, "top_k": 0, "top_p": 0.95}, description="rule written into the card")
+    sampling: SamplingSection = Field(SamplingSection(), description="rule written into the card")
 
 
 class FeatureTraining(StrictModel):
@@ -95,24 +107,27 @@ def _tokenizer(config: TokenizerTraining, directory: Path, stage: Callable, log:
         raise ConfigError(f"images of {images.shape[-1]}x{images.shape[-2]} px: expected squares divisible by {vq.downsample} (vq.ch_mult).")
     held_out = images[torch.linspace(0, len(images) - 1, min(1000, len(images))).long()]
     task = TokenizerTask(vq, images, held_out, seed=config.optim.seed, total_steps=config.optim.steps)
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(vq).items()}
-    return Job(task, lambda path, state: _bundle(path, "tokenizer", values, task, state, config.data))
+    return Job(task, lambda path, state: _bundle(path, "tokenizer", _plain(vq), task, state, config.data))
 
 
 def _teacher(config: TeacherTraining, directory: Path, stage: Callable, log: Callable) -> Job:
-    vq_source = resolve_tokenizer(config.tokenizer)
     tokenizer = load_tokenizer(config.tokenizer)
     images, labels, names = load_pool(config.data)
     if images.shape[-1] != tokenizer.config.image_size:
         raise InputError(f"{config.data}: images of {images.shape[-1]} px, the tokenizer takes {tokenizer.config.image_size} px.")
     cache = directory / "codes.safetensors"
-    if not cache.exists():
+    if cache.exists():
+        log(f"codes of an earlier start: {cache}")
+    else:
         with stage(len(images), "tokenise") as advance:
             codes = tokenise(tokenizer, images, advance)
         with atomic_file(cache) as temporary:
             save_file({"codes": codes, "labels": labels}, temporary)
-    stored = load_file(cache)
-    codes, labels = stored["codes"], stored["labels"]
+    try:
+        stored = load_file(cache)
+        codes, labels = stored["codes"], stored["labels"]
+    except (SafetensorError, KeyError) as error:
+        raise InputError(f"{cache} cannot be read: {error}", f"Delete {cache} and run the same command again.") from error
     drop = config.gpt.dropout
     gpt = GPTConfig(
         dim=config.gpt.dim, n_layer=config.gpt.n_layer, n_head=config.gpt.n_head, multiple_of=config.gpt.multiple_of, vocab_size=tokenizer.config.codebook_size,
@@ -120,14 +135,16 @@ def _teacher(config: TeacherTraining, directory: Path, stage: Callable, log: Cal
     )  # fmt: skip
     rows = torch.linspace(0, len(codes) - 1, min(1000, len(codes))).long()
     task = TeacherTask(gpt, codes, labels, (codes[rows], labels[rows]), seed=config.optim.seed)
-    embedded = vq_source.origin == "embedded"
-    spec = {"bundle": config.tokenizer} if embedded else {"config": vq_source.config}
+    embedded = resolve_tokenizer(config.tokenizer).origin == "embedded"
+    spec = {"bundle": config.tokenizer} if embedded else {"config": _plain(tokenizer.config)}
     weights = None if embedded else tokenizer.state_dict()
-    more = {"tokenizer": spec, "tokenizer_weights": weights, "sampling": dict(config.sampling), "classes": names}
+    more = {"tokenizer": spec, "tokenizer_weights": weights, "sampling": config.sampling.model_dump(), "classes": names}
     return Job(task, lambda path, state: _bundle(path, "teacher", asdict(gpt), task, state, config.data, **more))
 
 
 def _features(config: FeatureTraining, directory: Path, stage: Callable, log: Callable) -> Job:
+    if config.data not in VARIANTS:
+        raise ConfigError(f"data '{config.data}': the feature network learns attributes, which only the procedural sets have.", nearest(config.data, VARIANTS))
     task = FeatureTask(config.data, config.optim.seed)
     log(f"the packaged {FEATNET_NAME} stays the metric; this trains another one")
     return Job(task, lambda path, state: _bundle(path, "features", {}, task, state, config.data))
@@ -137,3 +154,8 @@ def _bundle(path: Path, kind: str, config: dict[str, Any], task: Task, state: di
     last = state["history"][-1] if state["history"] else None
     training = {"steps": state["step"], "minutes": round(state["elapsed_s"] / 60, 1), "final": last}
     return save_bundle(path, family="llamagen", kind=kind, config=config, model=task.trained.state_dict(), dataset=data, training=training, **more)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as JSON values."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}

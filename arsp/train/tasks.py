@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from arsp.data import shapes
 from arsp.metrics.features import FeatNet
 from arsp.models.llamagen import GPT, GPTConfig
+from arsp.runs import check_stop
 from arsp.tokenizers.llamagen_vq import VQConfig, VQModel, to_pixels
 from arsp.train.loop import Task
 
@@ -22,19 +23,25 @@ class FeatureTask(Task):
         self.trained = FeatNet()
         self.variant = variant
 
+    def _draw(self, num: int, seed: int) -> tuple[Tensor, shapes.Attributes]:
+        """Images and attributes on the device of the network."""
+        device = next(self.trained.parameters()).device
+        images, attrs = shapes.draw(num, seed, self.variant)
+        return images.to(device), {key: value.to(device) for key, value in attrs.items()}
+
     def _targets(self, attrs: shapes.Attributes) -> Tensor:
-        radius = torch.tensor(shapes.RADII, dtype=torch.float32)[attrs["ri"]]
+        radius = torch.tensor(shapes.RADII, dtype=torch.float32, device=attrs["ri"].device)[attrs["ri"]]
         return torch.stack((attrs["cx"] / 16 - 1, attrs["cy"] / 16 - 1, radius / 8 - 1), dim=-1)
 
     def loss(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        images, attrs = shapes.draw(batch_size, 1000 + step, self.variant)
+        images, attrs = self._draw(batch_size, 1000 + step)
         out = self.trained(images)
         heads = {name: F.cross_entropy(out[name].float(), attrs[name]) for name in ("shape", "color", "bg")}
         heads["pos"] = 3 * F.smooth_l1_loss(out["pos"].float(), self._targets(attrs))
         return {"loss": sum(heads.values()), **heads}
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        images, attrs = shapes.draw(2000, 7, self.variant)
+        images, attrs = self._draw(2000, 7)
         out = module(images)
         figures = {f"{name}_accuracy": float((out[name].argmax(-1) == attrs[name]).float().mean()) for name in ("shape", "color", "bg")}
         error = (out["pos"] - self._targets(attrs)).abs().mean(0)
@@ -97,6 +104,8 @@ class TeacherTask(Task):
         self.codes, self.labels, self.held_out = codes_NL, labels_N, held_out
 
     def _nats(self, codes_BL: Tensor, labels_B: Tensor) -> Tensor:
+        device = self.trained.output.weight.device
+        codes_BL, labels_B = codes_BL.to(device), labels_B.to(device)
         logits_BLV = self.trained(codes_BL[:, :-1], labels_B)
         return F.cross_entropy(logits_BLV.flatten(0, 1), codes_BL.flatten())
 
@@ -115,9 +124,10 @@ class TeacherTask(Task):
 
 @torch.inference_mode()
 def tokenise(tokenizer: VQModel, images_u8: Tensor, progress=lambda n: None) -> Tensor:
-    """Codes ``(N, L)`` int64 of all images, in batches of 256."""
+    """Codes ``(N, L)`` int64 of all images, in batches of 256. Interrupted between batches when asked to stop."""
     parts = []
     for batch in images_u8.split(256):
+        check_stop()
         parts.append(tokenizer.encode(to_pixels(batch)))
         progress(len(batch))
     return torch.cat(parts)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from arsp.runs import atomic_dir, sha256_file, write_json
 
 SCHEMA = 1
 MANIFEST = "arsp.json"
+KINDS = ("teacher", "student", "tokenizer", "features")
 
 
 def save_bundle(
@@ -43,8 +45,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if manifest["schema"] > SCHEMA:
             raise InputError(f"{file} has schema {manifest['schema']}; this arsp reads up to {SCHEMA}.", "Upgrade arsp.")
         manifest["family"], manifest["kind"], manifest["config"], manifest["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is not a valid bundle manifest ({error}).") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is not a valid bundle manifest ({type(error).__name__}: {error}).", "Make or copy the bundle again.") from error
+    fields = {"family": str, "kind": str, "config": dict, "sha256": dict, "tokenizer": dict | None}
+    wrong = [name for name, kind in fields.items() if not isinstance(manifest.get(name), kind)]
+    if wrong or manifest["kind"] not in KINDS:
+        raise InputError(f"{file} is not a valid bundle manifest: '{(wrong or ['kind'])[0]}' has an unexpected value.", "Make or copy the bundle again.")
     return manifest
 
 
@@ -52,11 +58,14 @@ def load_weights(path: Path, name: str, manifest: dict[str, Any]) -> dict[str, T
     """One weights file of a bundle, its SHA-256 checked against the manifest."""
     file = path / name
     if not file.is_file():
-        raise InputError(f"{path}: {name} is missing.")
+        raise InputError(f"{path}: {name} is missing.", "Make or copy the bundle again.")
     expected = manifest["sha256"].get(name)
     if expected != sha256_file(file):
         raise InputError(f"{file} is damaged or was changed: its SHA-256 is not the one in {MANIFEST}.", "Make or copy the bundle again.")
-    return load_file(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file} is not a readable weights file: {error}", "Make or copy the bundle again.") from error
 
 
 def load_into(module: nn.Module, weights: dict[str, Tensor], where: str) -> nn.Module:

@@ -19,6 +19,8 @@ from torch import Tensor
 from arsp.errors import InputError
 
 _GPT_KEY, _VQ_KEY = "tok_embeddings.weight", "quantize.embedding.weight"
+_STUDENT_KEY = "tok_embeddings.bias"  # a distilled student projects continuous vectors instead of looking codes up
+_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 _IGNORED = re.compile(r"(^|\.)(freqs_cis|kv_cache\..*)$")
 # heads cannot be read from shapes: (layers, width) -> heads, for the named sizes
 _HEADS = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1536): 24, (48, 2560): 40, (22, 2048): 32, (24, 3200): 32, (32, 4096): 32}
@@ -54,10 +56,16 @@ def unwrap(obj: Any, marker: str, order: tuple[str, ...], path: Path) -> dict[st
     raise InputError(f"{path}: no LlamaGen weights found ('{marker}' is missing; the file holds {top}).")
 
 
-def read_llamagen(path: Path, prefer_ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A GPT file: DDP (``model``), DeepSpeed (``module``), ``state_dict``, ``ema`` or FSDP (raw) layout."""
-    order = ("ema", "model", "module", "state_dict") if prefer_ema else ("model", "module", "state_dict", "ema")
-    weights = unwrap(read_tensors(path), _GPT_KEY, order, path)
+def read_llamagen(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A GPT file: DDP (``model``), DeepSpeed (``module``), ``state_dict``, ``ema`` or FSDP (raw) layout.
+
+    A distilled student (arXiv 2412.17153) is told by its keys: its averaged weights are preferred, as its authors sample them,
+    and its configuration holds ``code_dim``.
+    """
+    obj = read_tensors(path)
+    weights = unwrap(obj, _GPT_KEY, ("model", "module", "state_dict", "ema"), path)
+    if _STUDENT_KEY in weights:
+        weights = unwrap(obj, _STUDENT_KEY, ("ema", "model", "module", "state_dict"), path)
     return weights, gpt_config(weights, path)
 
 
@@ -70,25 +78,33 @@ def read_llamagen_vq(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def gpt_config(weights: dict[str, Tensor], path: Path) -> dict[str, Any]:
     """Sizes from shapes; heads from the table of named sizes; the grid from a 256/384/512 in the file name."""
-    _refuse_student(weights, path)
-    vocab, dim = weights[_GPT_KEY].shape
-    layers = 1 + max((int(m.group(1)) for m in (re.match(r"layers\.(\d+)\.", key) for key in weights) if m), default=-1)
+    student, text = _STUDENT_KEY in weights, "cls_embedding.uncond_embedding" in weights
+    condition = "cls_embedding.uncond_embedding" if text else "cls_embedding.embedding_table.weight"
+    _require(weights, (_GPT_KEY, "output.weight", condition, "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight"), path)
+    vocab, dim = weights["output.weight"].shape
+    layers = 1 + max(int(m.group(1)) for m in (re.match(r"layers\.(\d+)\.", key) for key in weights) if m)
     if (layers, dim) not in _HEADS:
         known = ", ".join(f"{n} layers x {d}" for n, d in sorted(_HEADS))
-        raise InputError(f"{path}: {layers} layers of width {dim} is none of the named sizes ({known}).", "Convert it to a bundle with its configuration.")
+        raise InputError(f"{path}: {layers} layers of width {dim} is none of the named sizes ({known}).", "The number of heads is not in the shapes: save it as a bundle with arsp.zoo.bundle.save_bundle.")
     ffn = weights["layers.0.feed_forward.w1.weight"].shape[0]
     config = {"dim": dim, "n_layer": layers, "n_head": _HEADS[layers, dim], "vocab_size": vocab, "multiple_of": _multiple_of(dim, ffn)}
     found = re.search(r"(256|384|512)", path.name)
     if found:
         config["block_size"] = (int(found.group(1)) // 16) ** 2
-    if "cls_embedding.uncond_embedding" in weights:
-        prefix, width = weights["cls_embedding.uncond_embedding"].shape
+    elif student:
+        config["block_size"] = 256  # all released students
+    if student:
+        config["code_dim"] = weights[_GPT_KEY].shape[1]
+    if text:
+        prefix, width = weights[condition].shape
         return {**config, "model_type": "t2i", "cls_token_num": prefix, "caption_dim": width}
-    return {**config, "model_type": "c2i", "num_classes": weights["cls_embedding.embedding_table.weight"].shape[0] - 1}
+    return {**config, "model_type": "c2i", "num_classes": weights[condition].shape[0] - 1}
 
 
 def vq_config(weights: dict[str, Tensor], path: Path) -> dict[str, Any]:
     """Sizes of the autoencoder from its encoder's shapes."""
+    first = "encoder.conv_blocks.0.res.0.conv1.weight"
+    _require(weights, (_VQ_KEY, "encoder.conv_in.weight", "encoder.conv_out.weight", first), path)
     ch = weights["encoder.conv_in.weight"].shape[0]
     mult, blocks, level = [], 0, 0
     while f"encoder.conv_blocks.{level}.res.0.conv1.weight" in weights:
@@ -103,22 +119,18 @@ def vq_config(weights: dict[str, Tensor], path: Path) -> dict[str, Any]:
 
 
 def _strip(weights: dict[str, Any]) -> dict[str, Tensor]:
-    clean = {}
-    for key, value in weights.items():
-        name = str(key)
-        for prefix in ("module.", "_orig_mod."):
-            name = name.removeprefix(prefix)
-        if isinstance(value, Tensor) and not _IGNORED.search(name):
-            clean[name] = value
-    return clean
+    names = ((_PREFIXES.sub("", str(key)), value) for key, value in weights.items())
+    return {name: value for name, value in names if isinstance(value, Tensor) and not _IGNORED.search(name)}
+
+
+def _require(weights: dict[str, Tensor], keys: tuple[str, ...], path: Path) -> None:
+    """InputError unless all ``keys`` are matrices or kernels of ``weights``: similar names in foreign files end here."""
+    missing = [key for key in keys if key not in weights or weights[key].ndim < 2]
+    if missing:
+        raise InputError(f"{path}: this is no LlamaGen file: {missing[0]} is missing or of another shape.", "See: arsp models ls")
 
 
 def _multiple_of(dim: int, ffn: int) -> int:
     """The largest power of two that rounds 8/3 dim up to the width found (256 in every released file)."""
     base = int(2 * (4 * dim) / 3)
     return next((m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if math.ceil(base / m) * m == ffn), 256)
-
-
-def _refuse_student(weights: dict[str, Tensor], path: Path) -> None:
-    if "tok_embeddings.bias" in weights:
-        raise InputError(f"{path} is a distilled student, not a teacher.", "Give it as --model of a sampling command, with its --tokenizer.")

@@ -22,6 +22,7 @@ from arsp.zoo.families import Family
 
 TINY = Path(__file__).parent / "tiny"
 FAMILIES = Registry("families")
+GENERATIVE = ("block_size", "vocab_size")  # keys without which a bundle's configuration describes no generative model
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ModelSource:
 
     name: str
     family: Family
-    kind: str  # "teacher" | "student" | "tokenizer"
+    kind: str  # "teacher" | "student" | "tokenizer" | "features"
     config: dict[str, Any]
     card: dict[str, Any]
     path: Path | None  # bundle directory or official file; None: no weights here
@@ -99,7 +100,7 @@ def resolve(name: str, *, tokenizer: str | None = None) -> ModelSource:
     path = Path(name)
     if path.is_dir():
         inner = path if (path / bundle.MANIFEST).exists() or not (path / "bundle").is_dir() else path / "bundle"
-        return _from_bundle(inner, name, {}, "bundle")
+        return _from_bundle(inner, name, {}, "bundle", tokenizer)
     if path.is_file():
         return _from_file(path, tokenizer)
     if os.sep in name or path.suffix:
@@ -113,8 +114,8 @@ def load_model(
 ) -> LoadedModel:  # fmt: skip
     """Build and fill a model. ``random_weights`` needs no file (for cost measurements; images are noise)."""
     source = resolve(name, tokenizer=tokenizer) if isinstance(name, str) else name
-    if source.kind == "tokenizer":
-        raise ConfigError(f"{source.name} is a tokenizer, not a model.")
+    if source.kind not in ("teacher", "student"):
+        raise ConfigError(f"{source.name} is of kind '{source.kind}', it generates nothing.", "See: arsp models ls")
     family, digest = source.family, None
     vq = _load_tokenizer(source, random_weights) if with_tokenizer else None
     if random_weights:
@@ -130,18 +131,22 @@ def load_model(
         vq = vq.to(device).eval().requires_grad_(False)
     if vq is not None and source.config["vocab_size"] != vq.codebook_VE.shape[0]:
         raise ConfigError(f"{source.name} predicts {source.config['vocab_size']} codes, its tokenizer has {vq.codebook_VE.shape[0]}.", "Give the tokenizer it was trained with.")
+    if vq is not None and source.kind == "student" and source.card["code_dim"] != vq.codebook_VE.shape[1]:
+        raise ConfigError(f"{source.name} works on {source.card['code_dim']}-vectors, its tokenizer on {vq.codebook_VE.shape[1]}-vectors.", "Give the tokenizer it was trained with.")
     return LoadedModel(source, module.to(device=device, dtype=dtype).eval().requires_grad_(False), vq, digest)
 
 
 def resolve_tokenizer(name: str) -> ModelSource:
     """Like :func:`resolve`, but embedded tokenizers are known by name too."""
-    packaged = (TINY / name / bundle.MANIFEST).is_file()
+    packaged = Path(name).name == name and (TINY / name / bundle.MANIFEST).is_file()
     return _from_bundle(TINY / name, name, {}, "embedded") if packaged and name not in cards() else resolve(name)
 
 
 def load_tokenizer(name: str) -> nn.Module:
     """A tokenizer alone, from a tokenizer bundle or an embedded name."""
     source = resolve_tokenizer(name)
+    if source.kind == "features":
+        raise InputError(f"{name} is a feature network, not a tokenizer.")
     if source.kind != "tokenizer":
         vq = _load_tokenizer(source, False)
         if vq is None:
@@ -166,15 +171,21 @@ def verify(name: str) -> list[tuple[str, str]]:
 
 def _from_card(name: str, card: dict[str, Any], tokenizer: str | None) -> ModelSource:
     if "bundle" in card:
-        return _from_bundle(TINY / card["bundle"], name, card, "embedded")
+        return _from_bundle(TINY / card["bundle"], name, card, "embedded", tokenizer)
     family: Family = FAMILIES.get(card["family"])
     config = family.complete({**family.variants[card["variant"]], **card["config"]})
     vq = {"config": {**family.tokenizers[card["tokenizer"]], "image_size": card["image_size"]}, "file": tokenizer or _cached(card, "tokenizer")}
     return ModelSource(name, family, card["kind"], config, card, _cached(card, "model"), "official", vq)
 
 
-def _from_bundle(path: Path, name: str, card: dict[str, Any], origin: str) -> ModelSource:
+def _from_bundle(path: Path, name: str, card: dict[str, Any], origin: str, tokenizer: str | None = None) -> ModelSource:
+    if tokenizer is not None:
+        raise ConfigError(f"--tokenizer {tokenizer}: {name} is a bundle and knows its own.", "Drop it; it belongs to an official GPT file.")
     manifest = bundle.read_manifest(path)
+    needed = {"teacher": GENERATIVE, "student": (*GENERATIVE, "code_dim", "known")}.get(manifest["kind"], ())
+    missing = [key for key in needed if key not in manifest["config"] and key not in manifest]
+    if missing:
+        raise InputError(f"{path}: its {bundle.MANIFEST} lacks '{missing[0]}'.", "Make or copy the bundle again.")
     family: Family = FAMILIES.get(manifest["family"])
     merged = {**{k: v for k, v in manifest.items() if k not in ("config", "sha256")}, **card}
     return ModelSource(name, family, manifest["kind"], manifest["config"], merged, path, origin, manifest.get("tokenizer") or {})
@@ -183,11 +194,15 @@ def _from_bundle(path: Path, name: str, card: dict[str, Any], origin: str) -> Mo
 def _from_file(path: Path, tokenizer: str | None) -> ModelSource:
     family: Family = FAMILIES.get("llamagen")
     _, config = family.read_official(path)
-    card = {"about": f"official layout file {path.name}", "kind": "teacher", "sampling": {"cfg": 2.0 if config["model_type"] == "c2i" else 7.5}}
     if "block_size" not in config:
         raise InputError(f"{path}: the resolution is not in the file; its name should say 256, 384 or 512.", "Rename it like the released files, e.g. c2i_B_256.pt")
-    vq = {"file": tokenizer, "config": None}
-    return ModelSource(path.stem, family, "teacher", family.complete(config), card, path, "file", vq)
+    kind = "student" if "code_dim" in config else "teacher"
+    if kind == "student":
+        more = {"code_dim": config["code_dim"], "known": [0, config["block_size"] * 5 // 16]}  # (0, 80) of the released 256
+    else:
+        more = {"sampling": {"cfg": 2.0 if config["model_type"] == "c2i" else 7.5}}
+    card = {"about": f"official layout file {path.name}", "kind": kind, **more}
+    return ModelSource(path.stem, family, kind, family.complete(config), card, path, "file", {"file": tokenizer, "config": None})
 
 
 def _cached(card: dict[str, Any], which: str) -> Path | None:
