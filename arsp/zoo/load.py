@@ -255,7 +255,7 @@ def _load_tokenizer(source: ModelSource, random_weights: bool) -> nn.Module | No
     spec = source.tokenizer
     if "bundle" in spec:
         return load_tokenizer(spec["bundle"])
-    if spec.get("config") and source.path is not None and (source.path / "tokenizer.safetensors").exists():
+    if spec.get("config") and source.path is not None and source.path.is_dir():
         weights = bundle.load_weights(source.path, "tokenizer.safetensors", bundle.read_manifest(source.path))
         return _fill_tokenizer(source.family, spec["config"], weights, str(source.path))
     if random_weights and spec.get("config"):
