@@ -1,6 +1,8 @@
 """DD1 from end to end on a teacher whose joint law can be enumerated: trajectories, training, one and two passes.
 
-The same student as in ``arsp bench exact --testbed toy --sampler dd1``; about 45 s of one CPU core.
+The same student as in ``arsp bench exact --testbed toy --sampler dd1``; about 55 s of one CPU core. Measured total variation to the
+joint with 100 000 draws: one pass 0.025, two passes 0.021, the flow map itself 0.007, exact draws 0.006, the best sampler that
+draws all positions independently 0.512.
 """
 
 from __future__ import annotations
