@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +20,7 @@ COMMANDS = {
     "evaluate": "arsp.cli.evaluate:evaluate",
     "bench": "arsp.cli.bench:bench",
     "bench exact": "arsp.cli.bench_exact:exact",
+    "bench kernels": "arsp.cli.bench:kernels",
     "report": "arsp.cli.report:report",
     "models ls": "arsp.cli.models:ls",
     "models info": "arsp.cli.models:info",
@@ -74,8 +74,6 @@ def build() -> typer.Typer:
     root.callback()(_root)
     groups: dict[str, typer.Typer] = {}
     for name, target in COMMANDS.items():
-        if importlib.util.find_spec(target.partition(":")[0]) is None:
-            continue
         head, _, tail = name.partition(" ")
         function = load_command(target)
         if not tail or head in COMMANDS:

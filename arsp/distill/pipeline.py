@@ -55,7 +55,7 @@ class DistillConfig(StrictModel):
     trajectories: TrajectoryConfig = TrajectoryConfig()
     objective: DD1Config = Field(DD1Config(known=(0,)), description="weights; known is set from student_steps")
     optim: OptimConfig = OptimConfig(
-        steps=1400, batch_size=128, lr=1.5e-3, warmup=100, schedule="flat-linear", final_lr=0.05, ema=0.999, eval_every=100, checkpoint_every=100
+        steps=2000, batch_size=64, lr=1.5e-3, warmup=100, schedule="flat-linear", ema=0.995, autocast="off", eval_every=200, checkpoint_every=200
     )
     probe_images: int = Field(500, ge=0, description="images of the Frechet distance in the training curve (embedded set only; 0: none)")
 
