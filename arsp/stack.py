@@ -94,7 +94,7 @@ class Stack:
         """uint8 images of codes, or of continuous vectors where the generation has them."""
         vq = self.require_tokenizer()
         codes = generation.codes_BL
-        pixels = vq.decode_codes(codes) if generation.embeddings_BLE is None else vq.decode_embeddings(generation.embeddings_BLE.to(vq.codebook_VE))
+        pixels = vq.decode_codes(codes) if generation.embeddings_BLE is None else vq.decode_embeddings(generation.embeddings_BLE)
         if self.config.image_size is not None and self.config.image_size != pixels.shape[-1]:
             pixels = resize_for_evaluation(pixels, self.config.image_size)
         return to_uint8(pixels).cpu()
@@ -172,7 +172,8 @@ def build(config: StackConfig, device: torch.device | str = "cpu", dtype: torch.
     guidance, pipeline = sampling_rule(rule_of.source.card, config)
     if source.kind == "student":
         settings = FewStep(step_counts(config.student_steps or 1, source.layout.num_tokens, source.card["known"][1:]), _split(config))
-        generator: Generator = StudentGenerator(model.module, model.codebook_VE.to(dtype), source.layout, settings)
+        student = lambda labels_B, x_BLE, known_B: model.module(labels_B, x_BLE.to(dtype), known_B)  # vectors stay float32
+        generator: Generator = StudentGenerator(student, model.codebook_VE, source.layout, settings)
         name = f"{source.name} {config.student_steps or 1}-step"
         if config.teacher_range:
             first, stop = parse_teacher_range(config.teacher_range, source.layout.num_tokens)
@@ -213,7 +214,7 @@ def _teacher_of(source: ModelSource, config: StackConfig, device: torch.device |
 def _baseline(config: StackConfig, model: LoadedModel, decoder: Any, pipeline: LogitsPipeline, ar: Generator, log: Callable[[str], None]) -> Generator:
     kind, skip = parse_baseline(config.baseline, decoder.layout.num_tokens)
     if kind == "skip":
-        return SkipGenerator(decoder, pipeline, model.codebook_VE.to(decoder.model.output.weight), skip)
+        return SkipGenerator(decoder, pipeline, model.codebook_VE, skip)
     num_classes = model.source.config["num_classes"]
     num = 500 * num_classes
     rule = f"{model.sha256}-{decoder.guidance}-{pipeline}-{num}"

@@ -1,0 +1,154 @@
+import pytest
+import tiny_models
+import torch
+
+from arsp import stack as stacks
+from arsp.errors import ArspError, ConfigError, InputError
+from arsp.stack import StackConfig
+from arsp.zoo import bundle, convert, load
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """Names of a teacher, a student of it, a student without teacher, and a tokenizer."""
+    monkeypatch.setattr(stacks, "cache_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr(load, "cache_root", lambda: tmp_path / "cache")
+    teacher = tiny_models.teacher_bundle(tmp_path / "teacher")
+    return {
+        "teacher": str(teacher), "student": str(tiny_models.student_bundle(tmp_path / "student", teacher)),
+        "orphan": str(tiny_models.student_bundle(tmp_path / "orphan")), "one-step": str(tiny_models.student_bundle(tmp_path / "one", known=(0,))),
+        "tokenizer": str(tiny_models.tokenizer_bundle(tmp_path / "tokenizer")),
+    }  # fmt: skip
+
+
+IMPOSSIBLE = [
+    ("tokenizer", {}, "tokenizer"),
+    ("teacher", {"student_steps": 1}, "--student-steps"),
+    ("teacher", {"split": 3}, "--split"),
+    ("teacher", {"teacher_range": "1-4"}, "--teacher-range"),
+    ("teacher", {"sampler": "at"}, "ar"),
+    ("teacher", {"baseline": "nave"}, "naive"),
+    ("teacher", {"baseline": "skip-16"}, "skip"),
+    ("teacher", {"baseline": "skip-0"}, "skip"),
+    ("teacher", {"baseline": "mode", "rng": "torch"}, "--rng"),
+    ("teacher", {"tokenizer": "vq.pt"}, "--tokenizer"),
+    ("student", {"baseline": "mode"}, "--baseline"),
+    ("student", {"sampler": "other"}, "--sampler"),
+    ("student", {"rng": "torch"}, "--rng"),
+    ("student", {"cfg": 2.0}, "--cfg"),
+    ("student", {"temperature": 0.5, "top_k": 3}, "--temperature, --top-k"),
+    ("student", {"cfg_interval": 3}, "--cfg-interval"),
+    ("student", {"split": 17}, "split"),
+    ("student", {"teacher_range": "4-4"}, "teacher range"),
+    ("student", {"teacher_range": "1-17"}, "teacher range"),
+    ("student", {"teacher_range": "few"}, "teacher range"),
+    ("orphan", {"teacher_range": "1-4"}, "teacher"),
+    ("one-step", {"student_steps": 2}, "student steps"),
+]
+
+
+@pytest.mark.parametrize(("model", "options", "words"), IMPOSSIBLE)
+def test_impossible_stacks_are_refused_before_any_weight_is_read(models, monkeypatch, model, options, words):
+    monkeypatch.setattr(bundle, "load_weights", lambda *a: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError) as caught:
+        stacks.build(StackConfig(model=models[model], **options))
+    assert words in caught.value.message + (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("options", [{"cfg": -1}, {"top_p": 1.5}, {"temperature": -0.1}, {"top_k": -2}, {"student_steps": 3}, {"rng": "numpy"}, {"image_size": 0}])
+def test_values_outside_their_range_are_config_errors(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        StackConfig(**options)
+
+
+@pytest.mark.parametrize(("name", "words"), [("lamagen", "llamagen"), ("llamagen-xl-38", "llamagen-xl-384")])
+def test_an_unknown_model_gets_the_nearest_names(name, words):
+    with pytest.raises(ConfigError) as caught:
+        stacks.check(StackConfig(model=name))
+    assert words in caught.value.hint.partition("?")[0]
+
+
+def test_a_path_that_is_not_there_is_an_input_error():
+    with pytest.raises(InputError, match="no such file"):
+        stacks.check(StackConfig(model="runs/none"))
+
+
+def test_an_official_model_without_its_files_says_where_they_belong(models):
+    with pytest.raises(InputError) as caught:
+        stacks.build(StackConfig(model="llamagen-b-256"))
+    assert "c2i_B_256.pt" in caught.value.hint and "checkpoints" in caught.value.hint
+
+
+def test_an_official_student_without_tokenizer_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(convert._HEADS, (1, 16), 2)
+    torch.save({"ema": tiny_models.student_model().state_dict()}, tmp_path / "llamagen-B.pt")
+    monkeypatch.setattr(load, "_weights", lambda source: pytest.fail("weights were read"))
+    with pytest.raises(InputError) as caught:
+        stacks.build(StackConfig(model=str(tmp_path / "llamagen-B.pt")))
+    assert "--tokenizer" in caught.value.hint
+
+
+def test_a_student_whose_tokenizer_has_other_codes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(convert._HEADS, (1, 16), 2)
+    torch.save({"ema": tiny_models.student_model(code_dim=8).state_dict()}, tmp_path / "llamagen-B.pt")
+    torch.save({"model": tiny_models.vq_model().state_dict()}, tmp_path / "vq.pt")
+    with pytest.raises(ArspError, match="8-vectors"):
+        stacks.build(StackConfig(model=str(tmp_path / "llamagen-B.pt"), tokenizer=str(tmp_path / "vq.pt")))
+
+
+POSSIBLE = [
+    ("teacher", {}, 16), ("teacher", {"top_k": 3, "cfg": 3.0, "cfg_interval": 4}, 16), ("teacher", {"temperature": 0.0}, 16),
+    ("teacher", {"top_p": 0.0}, 16), ("teacher", {"top_h": 0.4}, 16), ("teacher", {"baseline": "skip-4"}, 12), ("teacher", {"image_size": 12}, 16),
+    ("student", {}, 1), ("student", {"student_steps": 2}, 2), ("student", {"student_steps": 2, "split": 5}, 2), ("student", {"split": 0}, 1),
+    ("student", {"teacher_range": "1-5"}, 5), ("student", {"teacher_range": "3-6", "cfg": 2.0}, 5), ("student", {"teacher_range": "3-6", "split": 9}, 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "options", "passes"), POSSIBLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_possible_stack_makes_the_same_images_in_any_batch(models, model, options, passes, dtype):
+    stack = stacks.build(StackConfig(model=models[model], **options), dtype=dtype)
+    labels = stacks.labels_for(stack, 7, 5, None)
+    whole = [stack.generator.generate(stack.request(ids, 5, labels[ids])) for ids in torch.arange(7).split(7)][0]
+    parts = [stack.generator.generate(stack.request(ids, 5, labels[ids])) for ids in torch.arange(7).split(2)]
+    assert whole.stats["passes"] == passes
+    if dtype == torch.float32:
+        differ = (whole.codes_BL != torch.cat([p.codes_BL for p in parts])).sum()
+        assert differ == 0, f"{differ} of {whole.codes_BL.numel()} codes depend on the batch size"
+        a, b = stack.decode(whole), torch.cat([stack.decode(p) for p in parts])
+        gap = (a.int() - b.int()).abs().max()
+        assert gap <= 1, f"pixels differ by {gap} levels"
+    images = stack.images(stack.request(torch.arange(7), 5, labels))
+    side = options.get("image_size", 8)
+    assert images.dtype == torch.uint8 and images.shape == (7, 3, side, side)
+    assert stack.describe()["kind"] == model and stack.cost()["images_per_s"] > 0
+
+
+@pytest.mark.parametrize("baseline", ["mode", "naive"])
+def test_controls_count_the_teacher_once_and_reuse_the_table(models, baseline, monkeypatch):
+    said = []
+    make = lambda: stacks.build(StackConfig(model=models["teacher"], baseline=baseline), log=said.append)
+    first = make()
+    ids = torch.arange(6)
+    labels = stacks.labels_for(first, 6, 0, [0, 1, 2])
+    codes = first.generator.generate(first.request(ids, 0, labels)).codes_BL
+    again = make()
+    assert torch.equal(again.generator.generate(again.request(ids, 0, labels)).codes_BL, codes)
+    assert len(said) == 1 and "counting" in said[0], said
+    assert torch.equal(codes[0], codes[3]) == (baseline == "mode")
+
+
+def test_labels_are_keyed_or_the_given_ones_in_turn(models):
+    stack = stacks.build(StackConfig(model=models["teacher"]))
+    assert stacks.labels_for(stack, 5, 0, [2, 1]).tolist() == [2, 1, 2, 1, 2]
+    assert torch.equal(stacks.labels_for(stack, 5, 3, None), stacks.labels_for(stack, 9, 3, None)[:5])
+
+
+def test_random_weights_need_no_file():
+    stack = stacks.build(StackConfig(model="llamagen-b-256", random_weights=True))
+    assert stack.model.sha256 is None and sum(p.numel() for p in stack.model.module.parameters()) == 110_888_448
+
+
+def test_sample_images_is_the_whole_pipeline_in_one_call(models):
+    images, labels, block, cost = stacks.sample_images(models["student"], 5, 1, batch_size=2, student_steps=2)
+    assert images.shape == (5, 3, 8, 8) and len(labels) == 5 and block["name"].endswith("2-step") and cost["passes"] == 2
