@@ -144,7 +144,7 @@ def test_held_out_figures_are_means_over_samples_and_positions():
 
 def test_a_probe_adds_figures_of_the_module_it_is_given():
     task = task_of(Constant())
-    task.probe = lambda module: {"probe": float(module.logits.sum())}
+    task.probe = lambda module: {"probe": module.logits.sum().item()}
     other = Constant()
     other.logits.data.fill_(1.0)
     assert task.evaluate(other)["probe"] == L * V
