@@ -139,7 +139,7 @@ def _update(task: Task, optimizer: torch.optim.Optimizer, config: OptimConfig, s
     norm = nn.utils.clip_grad_norm_(task.trained.parameters(), config.clip)
     if not (torch.isfinite(losses["loss"]) and torch.isfinite(norm)):
         raise NumericalError(
-            f"step {step}: loss {float(losses['loss']):.4g}, gradient norm {float(norm):.4g}: training diverged before this update.",
+            f"step {step}: loss {float(losses['loss'].detach()):.4g}, gradient norm {float(norm):.4g}: training diverged before this update.",
             "Lower optim.lr, or set optim.autocast=off; the last checkpoint is kept.",
         )
     optimizer.step()
