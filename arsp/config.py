@@ -165,6 +165,12 @@ def nest(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
+def section_defaults(schema: type[BaseModel]) -> dict[str, Any]:
+    """What the schema's own default instances of its sections set: giving one key of a section keeps the others."""
+    sections = {name: field.get_default(call_default_factory=True) for name, field in schema.model_fields.items() if not field.is_required()}
+    return {name: value.model_dump(exclude_unset=True) for name, value in sections.items() if isinstance(value, BaseModel)}
+
+
 def resolve_config(
     schema: type[Schema],
     *,
@@ -182,7 +188,7 @@ def resolve_config(
     Raises:
         ConfigError: unknown key (with the nearest ones) or bad value. InputError: unreadable file. UsageError: malformed override.
     """
-    data: dict[str, Any] = deep_merge({}, card or {})
+    data: dict[str, Any] = deep_merge(section_defaults(schema), card or {})
     for path in files or []:
         data = deep_merge(data, load_yaml(path))
     pairs = [(key, value) for key, value in (named or {}).items() if value is not None]

@@ -149,3 +149,16 @@ def test_hash_depends_on_values_not_on_order():
     assert config_hash({"a": 1, "b": 2}) == config_hash({"b": 2, "a": 1})
     assert config_hash(Recipe()) != config_hash(Recipe(seed=1))
     assert len(config_hash(Recipe())) == 64
+
+
+def test_one_key_of_a_section_keeps_what_the_schema_sets_in_the_others():
+    class Section(StrictModel):
+        steps: int = 1
+        ema: float = 0.0
+
+    class Schema(StrictModel):
+        optim: Section = Section(steps=100, ema=0.99)
+
+    assert resolve_config(Schema, overrides=["optim.steps=7"]).optim == Section(steps=7, ema=0.99)
+    assert resolve_config(Schema, named={"optim.ema": 0.5}).optim == Section(steps=100, ema=0.5)
+    assert resolve_config(Schema).optim == Section(steps=100, ema=0.99)

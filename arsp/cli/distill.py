@@ -78,7 +78,5 @@ def complete(run: Run, config: Any, source: Any, result: Distilled) -> None:
     record["parents"] = [f"{source.name}@{source.origin}"]
     for name, value in result.figures.items():
         run.add_metric(name, value, n=config.trajectories.held_out if name.startswith("heldout") else config.probe_images, protocol="held-out trajectories" if name.startswith("heldout") else "training curve probe, 1 step", comparable=False)  # fmt: skip
-    keys = sorted({key for point in result.history for key in point} - {"step", "minutes"})
-    record["curves"] = {key: [{"x": point["minutes"], "y": point[key]} for point in result.history if key in point] for key in keys}
-    record["curves"]["accuracy_by_position"] = [{"x": i, "y": y} for i, y in enumerate(result.accuracy_by_position["0"])]
+    record["curves"] = result.curves
     run.add_artifact(result.bundle, "bundle", minutes=round(result.state["elapsed_s"] / 60, 2), steps=result.state["step"])

@@ -391,6 +391,8 @@ def describe(run: Run, subject: Subject, samples: Samples) -> None:
     run.set_cost(**samples.cost)
     if subject.parent is not None:
         run.record["parents"] = [subject.parent["id"]]
+        if "curves" in subject.parent:
+            run.record["curves"] = subject.parent["curves"]
         for artifact in subject.parent["artifacts"]:
             path = subject.parent_dir / artifact["path"]
             if artifact.get("kind") in ("grid", "image-dir", "npz") and path.exists():

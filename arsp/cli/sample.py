@@ -186,6 +186,8 @@ def complete(config: SampleConfig, stack: Stack, run: Run) -> None:
     save_png(make_grid(shown, columns=min(config.grid_columns, len(shown))), run.path / "grid.png")
     run.record["stack"] = stack.describe()
     run.record["seed"] = config.seed
+    if stack.model.source.card.get("curves"):
+        run.record["curves"] = stack.model.source.card["curves"]
     run.record["environment"]["device"] = str(stack.device)
     run.set_cost(**stack.cost())
     run.add_artifact(run.path / "images", "image-dir", num=len(files))

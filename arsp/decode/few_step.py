@@ -86,7 +86,7 @@ class StudentGenerator:
             codes, vectors = student_pass(self.student, labels_B, x, known, self.codebook_VE)
             x = merge(codes, vectors, self.split, self.codebook_VE)
             if callback:
-                callback(1)
+                callback(self.layout.num_tokens - known)
         embeddings = None if self.split >= self.layout.num_tokens else x
         return Generation(codes, embeddings, {"passes": len(self.settings.known), "tokens_per_pass": codes.shape[1] / len(self.settings.known)})
 

@@ -65,9 +65,8 @@ class Distilled:
     """What a distillation run leaves behind."""
 
     bundle: Path
-    history: list[dict[str, Any]]
     figures: dict[str, float]
-    accuracy_by_position: dict[str, list[float]]
+    curves: dict[str, list[dict[str, float]]]
     state: dict[str, Any]
 
 
@@ -114,10 +113,11 @@ def distill(
         state = fit(task, config.optim, directory, device=device, progress=advance, log=log)
     figures = {k: v for k, v in state["history"][-1].items() if k not in ("step", "minutes")} if state["history"] else {}
     by_position = {str(known): task.accuracy_by_position(task.trained, known) for known in config.objective.known}
+    curves = training_curves(state["history"], by_position)
     path = directory / "bundle"
     if not path.exists():
-        export(config, teacher, task, state, guidance, pipeline, path)
-    return Distilled(path, state["history"], figures, by_position, state)
+        export(config, teacher, task, state, guidance, pipeline, curves, path)
+    return Distilled(path, figures, curves, state)
 
 
 def make_task(config: DistillConfig, teacher: LoadedModel, everything: Trajectories, book: torch.Tensor) -> DD1Task:
@@ -159,7 +159,16 @@ class ImageProbe:
         return {"fid": frechet_distance(found["features"], self.reference), "class_accuracy": float(accuracy)}
 
 
-def export(config: DistillConfig, teacher: LoadedModel, task: DD1Task, state: dict[str, Any], guidance: Guidance, pipeline: LogitsPipeline, path: Path) -> None:
+def training_curves(history: list[dict[str, Any]], by_position: dict[str, list[float]]) -> dict[str, list[dict[str, float]]]:
+    """The ``curves`` block of a record: every figure over minutes of training, and the one-step accuracy over positions."""
+    keys = sorted({key for point in history for key in point} - {"step", "minutes"})
+    curves = {key: [{"x": point["minutes"], "y": point[key]} for point in history if key in point] for key in keys}
+    return curves | {"accuracy_by_position": [{"x": i, "y": y} for i, y in enumerate(by_position["0"])]}
+
+
+def export(
+    config: DistillConfig, teacher: LoadedModel, task: DD1Task, state: dict[str, Any], guidance: Guidance, pipeline: LogitsPipeline, curves: dict[str, Any], path: Path
+) -> None:
     """Write the student's bundle: self-contained unless the teacher's tokenizer is an embedded one, which is referred to."""
     spec = teacher.source.tokenizer
     embedded = "bundle" in spec
@@ -171,6 +180,7 @@ def export(config: DistillConfig, teacher: LoadedModel, task: DD1Task, state: di
         sampling={"cfg": guidance.scale, "temperature": pipeline.temperature, "top_k": pipeline.top_k, "top_p": pipeline.top_p, "top_h": pipeline.top_h},
         parents=[{"model": teacher.source.name, "sha256": teacher.sha256}],
         training={"steps": state["step"], "minutes": round(state["elapsed_s"] / 60, 1), "trajectories": config.trajectories.num, "final": state["history"][-1] if state["history"] else None},
+        curves=curves,
     )  # fmt: skip
 
 

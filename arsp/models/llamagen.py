@@ -123,9 +123,10 @@ class GPT(nn.Module):
 
     def rope_table(self, device: torch.device | str | None = None) -> Tensor:
         """``(P + L, D/2, 2)`` float32 cos and sin; not part of the state dict."""
-        if self._rope is None or (device is not None and self._rope.device != torch.device(device)):
+        device = torch.device(device or "cpu")
+        if self._rope is None or self._rope.device != device:
             cfg = self.config
-            self._rope = rope_table(cfg.side, cfg.head_dim, cfg.rope_base, cfg.cls_token_num).to(device or "cpu")
+            self._rope = rope_table(cfg.side, cfg.head_dim, cfg.rope_base, cfg.cls_token_num).to(device)
         return self._rope
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ class LlamaGenStudent(nn.Module):
         self.final_layer_conti = ContinuousHead(config.dim, code_dim)
         self.n_d_embed = nn.Embedding(2, config.dim)
         self.policy = DensePolicy()
+        self._rope: Tensor | None = None
 
     def forward(self, labels_B: Tensor, x_BLE: Tensor, known_B: Tensor) -> tuple[Tensor, Tensor]:
         """``known_B[b]`` leading vectors of row b are data, the rest noise -> ``logits_BLV`` (float32), ``vectors_BLE`` (float32)."""
@@ -39,12 +40,18 @@ class LlamaGenStudent(nn.Module):
         is_data = (positions <= known_B[:, None]).long()
         class_B1C = self.cls_embedding(labels_B)
         h = torch.cat((class_B1C, self.tok_embeddings(x_BLE)), dim=1) + self.n_d_embed(is_data)
-        cfg = self.config
-        rope = rope_table(cfg.side, cfg.head_dim, cfg.rope_base, 1).to(h.device)[: L + 1]
-        ctx = AttentionContext(total=L + 1, is_causal=True)
+        rope, ctx = self.rope_table(h.device)[: L + 1], AttentionContext(total=L + 1, is_causal=True)
         for i, layer in enumerate(self.layers):
             h = layer(h, rope, i, ctx, self.policy)
-        return self.output(self.norm(h))[:, 1:].float(), self.final_layer_conti(h, class_B1C)[:, 1:].float()
+        with torch.autocast(h.device.type, enabled=False):  # both heads in the weights' own precision
+            h, class_B1C = h.to(self.output.weight.dtype), class_B1C.to(self.output.weight.dtype)
+            return self.output(self.norm(h))[:, 1:].float(), self.final_layer_conti(h, class_B1C)[:, 1:].float()
+
+    def rope_table(self, device: torch.device) -> Tensor:
+        """The teacher's rotary table ``(1 + L, D/2, 2)``; not part of the state dict."""
+        if self._rope is None or self._rope.device != device:
+            self._rope = rope_table(self.config.side, self.config.head_dim, self.config.rope_base, 1).to(device)
+        return self._rope
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
