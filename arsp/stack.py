@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor
 
 from arsp.config import StrictModel
@@ -221,7 +222,10 @@ def _baseline(config: StackConfig, model: LoadedModel, decoder: Any, pipeline: L
     cache = cache_root() / "frequencies" / f"{_digest(rule)}.safetensors"
     if not cache.is_file():
         log(f"counting the teacher's codes over {num} samples (kept in {cache})")
-    table = class_frequencies(ar, decoder.layout, num_classes, decoder.vocab_size, num=num, seed=1_000_003, cache=cache)
+    try:
+        table = class_frequencies(ar, decoder.layout, num_classes, decoder.vocab_size, num=num, seed=1_000_003, cache=cache)
+    except SafetensorError as error:
+        raise InputError(f"the stored code frequencies {cache} cannot be read: {error}", f"Delete {cache} to count them again.") from error
     return MarginalGenerator(table, mode=kind == "mode")
 
 

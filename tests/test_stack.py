@@ -138,6 +138,15 @@ def test_controls_count_the_teacher_once_and_reuse_the_table(models, baseline, m
     assert torch.equal(codes[0], codes[3]) == (baseline == "mode")
 
 
+def test_a_damaged_table_of_frequencies_says_what_to_delete(models, tmp_path):
+    stacks.build(StackConfig(model=models["teacher"], baseline="mode"))
+    (table,) = (tmp_path / "cache" / "frequencies").iterdir()
+    table.write_bytes(b"nothing")
+    with pytest.raises(InputError, match=table.name) as caught:
+        stacks.build(StackConfig(model=models["teacher"], baseline="mode"))
+    assert "Delete" in caught.value.hint
+
+
 def test_labels_are_keyed_or_the_given_ones_in_turn(models):
     stack = stacks.build(StackConfig(model=models["teacher"]))
     assert stacks.labels_for(stack, 5, 0, [2, 1]).tolist() == [2, 1, 2, 1, 2]

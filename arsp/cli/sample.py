@@ -12,7 +12,7 @@ from pydantic import Field
 
 from arsp.cli.options import CommandContext, command, make_table
 from arsp.config import StrictModel
-from arsp.errors import ConfigError, UsageError, nearest
+from arsp.errors import ConfigError, LockedError, UsageError, nearest
 
 if TYPE_CHECKING:
     from arsp.runs import Run
@@ -110,7 +110,7 @@ def sample(
     if "class" not in source.capabilities.conditions:
         raise ConfigError(f"{source.name} is text-conditional: it needs caption features, which this command cannot make.", "Use arsp as a library: arsp.decode.decoder.RasterDecoder with Request(captions_BPE=...).")
     ctx.plan({"sample": config.num, "stack": recipe.model_dump(exclude_none=True), "classes": config.classes, "seed": config.seed})
-    ctx.emit(run_sample(ctx, config, recipe, out, grid))
+    ctx.emit(run_sample(ctx, config, recipe, source, out, grid))
 
 
 def class_names(card: dict[str, Any], config: dict[str, Any]) -> list[str]:
@@ -133,14 +133,20 @@ def class_id(text: str, names: list[str]) -> int:
     return names.index(text)
 
 
-def run_sample(ctx: CommandContext, config: SampleConfig, recipe: Any, out: Path | None, grid: Path | None) -> dict[str, Any]:
+def run_sample(ctx: CommandContext, config: SampleConfig, recipe: Any, source: Any, out: Path | None, grid: Path | None) -> dict[str, Any]:
     """Make the missing images of the run and complete its record."""
     from arsp import runs, stack as stacks
+    from arsp.zoo.load import stored_sha256
 
     device = ctx.setup_torch()
     with runs.Run.open("sample", recipe.model, config.model_dump(), out, resume=ctx.opts.resume) as run, runs.stop_signals():
+        made_with, weights = run.record["stack"].get("weights_sha256"), stored_sha256(source)
+        if made_with and weights and made_with != weights:
+            raise LockedError(f"{run.path} holds images of other weights of {source.name}.", "Choose another --out, or add --no-resume to make them anew.")
         if not run.finished:
             stack = stacks.build(recipe, device, ctx.torch_dtype(), ctx.log)
+            run.record["stack"] = stack.describe()
+            run.save()
             if stack.model.source.origin == "embedded":
                 ctx.log(f"{stack.model.name}: embedded tiny model ({stack.model.source.card['about']})")
             stack.require_tokenizer()
@@ -177,14 +183,13 @@ def make_images(ctx: CommandContext, config: SampleConfig, stack: Stack, run: Ru
 
 
 def complete(config: SampleConfig, stack: Stack, run: Run) -> None:
-    """Grid, npz, stack, cost and artifacts of a run whose images are all there."""
+    """Grid, npz, cost and artifacts of a run whose images are all there."""
     from arsp.data.images import image_files, load_images, make_grid, save_png
 
     files = image_files(run.path / "images")
     labels = json.loads((run.path / "labels.json").read_text())
     shown = load_images(files[: config.grid_images])
     save_png(make_grid(shown, columns=min(config.grid_columns, len(shown))), run.path / "grid.png")
-    run.record["stack"] = stack.describe()
     run.record["seed"] = config.seed
     if stack.model.source.card.get("curves"):
         run.record["curves"] = stack.model.source.card["curves"]

@@ -58,16 +58,18 @@ def generate_shards(
 ) -> list[Path]:  # fmt: skip
     """Write the missing shards of samples ``0 .. num`` under ``folder`` and return all of them in order.
 
-    Raises InputError when the folder holds shards of another teacher or rule; Interrupted between batches when asked to stop.
+    Raises InputError when the folder holds damaged shards or some of another teacher or rule; Interrupted between batches when asked to stop.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    meta, paths = rule.fingerprint(teacher_sha256, codebook_VE), []
-    for first in range(0, num, shard_size):
-        count = min(shard_size, num - first)
-        path = folder / f"shard-{first:08d}-{count}.safetensors"
-        paths.append(path)
+    meta = rule.fingerprint(teacher_sha256, codebook_VE)
+    counts = {first: min(shard_size, num - first) for first in range(0, num, shard_size)}
+    paths = {first: folder / f"shard-{first:08d}-{count}.safetensors" for first, count in counts.items()}
+    for path in filter(Path.exists, paths.values()):  # before the long work
+        _check_meta(path, meta)
+        _read_shard(path, codebook_VE.shape[1])
+    for first, path in paths.items():
+        count = counts[first]
         if path.exists():
-            _check_meta(path, meta)
             progress(count)
             continue
         tokens, labels = [], []
@@ -84,7 +86,7 @@ def generate_shards(
         with atomic_file(path) as temporary:
             tensors = {"tokens": torch.cat(tokens).to(small), "labels": torch.cat(labels).to(torch.int16), "sample_ids": torch.arange(first, first + count), "noise_check": check.contiguous()}  # fmt: skip
             save_file(tensors, temporary, metadata={**meta, "content_sha256": _content_hash(tensors)})
-    return paths
+    return list(paths.values())
 
 
 @dataclass

@@ -169,6 +169,13 @@ def verify(name: str) -> list[tuple[str, str]]:
     return sorted(manifest["sha256"].items())
 
 
+def stored_sha256(source: ModelSource) -> str | None:
+    """SHA-256 of a bundle's weights as its manifest says; None for official files and models without weights here."""
+    if source.path is None or not source.path.is_dir():
+        return None
+    return bundle.read_manifest(source.path)["sha256"].get("model.safetensors")
+
+
 def _from_card(name: str, card: dict[str, Any], tokenizer: str | None) -> ModelSource:
     if "bundle" in card:
         return _from_bundle(TINY / card["bundle"], name, card, "embedded", tokenizer)

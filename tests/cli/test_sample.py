@@ -157,6 +157,18 @@ def test_another_configuration_in_the_same_directory_is_refused(place):
     assert files_below("a") == before
 
 
+def test_weights_that_changed_since_the_images_were_made_are_noticed(place, monkeypatch):
+    first = record_of(arsp("--model", "teacher", "--num", 3, "--json"))
+    before = pixels(first["run_dir"])
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_models, "gpt_model", lambda: tiny_models._noisy(GPT(tiny_models.GPT_CONFIG), 9))
+        tiny_models.teacher_bundle(place / "teacher")
+    refused(arsp("--model", "teacher", "--num", 3), 8, "other weights", "--no-resume")
+    equal(pixels(first["run_dir"]), before)
+    again = record_of(arsp("--model", "teacher", "--num", 3, "--no-resume", "--json"))
+    assert again["stack"]["weights_sha256"] != first["stack"]["weights_sha256"]
+
+
 def test_a_directory_with_other_contents_is_not_written_into(place):
     (place / "photos").mkdir()
     (place / "photos" / "me.png").write_bytes(b"x")

@@ -118,13 +118,17 @@ def test_a_truncated_shard_is_refused(tmp_path, decoder):
         load_shards(paths, 4)
 
 
-def test_a_flipped_bit_in_the_codes_is_noticed(tmp_path, decoder):
+def test_a_flipped_bit_in_a_shard_is_noticed_before_any_work(tmp_path, decoder, monkeypatch):
     paths = make(tmp_path, decoder)
     content = bytearray(paths[2].read_bytes())
     content[-3] ^= 4
     paths[2].write_bytes(content)
+    paths[0].unlink()
+    monkeypatch.setattr(trajectories, "sample_through_map", lambda *a: pytest.fail("sampled"))
     with pytest.raises(InputError, match="damaged"):
-        load_shards(paths, 4)
+        make(tmp_path, decoder)
+    with pytest.raises(InputError, match="damaged"):
+        load_shards(paths[1:], 4)
 
 
 def test_tensors_that_were_changed_are_noticed(tmp_path, decoder):
