@@ -55,7 +55,10 @@ def test_impossible_stacks_are_refused_before_any_weight_is_read(models, monkeyp
     assert words in caught.value.message + (caught.value.hint or "")
 
 
-@pytest.mark.parametrize("options", [{"cfg": -1}, {"top_p": 1.5}, {"temperature": -0.1}, {"top_k": -2}, {"student_steps": 3}, {"rng": "numpy"}, {"image_size": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"cfg": -1}, {"top_p": 1.5}, {"temperature": -0.1}, {"top_k": -2}, {"student_steps": 3}, {"rng": "numpy"}, {"image_size": 0}],
+)
 def test_values_outside_their_range_are_config_errors(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         StackConfig(**options)

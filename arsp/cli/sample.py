@@ -108,7 +108,10 @@ def sample(
     if bad:
         raise UsageError(f"--class {bad[0]}: {source.name} has classes 0..{len(names) - 1}.", "See: arsp sample --list-classes")
     if "class" not in source.capabilities.conditions:
-        raise ConfigError(f"{source.name} is text-conditional: it needs caption features, which this command cannot make.", "Use arsp as a library: arsp.decode.decoder.RasterDecoder with Request(captions_BPE=...).")
+        raise ConfigError(
+            f"{source.name} is text-conditional: it needs caption features, which this command cannot make.",
+            "Use arsp as a library: arsp.decode.decoder.RasterDecoder with Request(captions_BPE=...).",
+        )
     ctx.plan({"sample": config.num, "stack": recipe.model_dump(exclude_none=True), "classes": config.classes, "seed": config.seed})
     ctx.emit(run_sample(ctx, config, recipe, source, out, grid))
 
@@ -142,7 +145,9 @@ def run_sample(ctx: CommandContext, config: SampleConfig, recipe: Any, source: A
     with runs.Run.open("sample", recipe.model, config.model_dump(), out, resume=ctx.opts.resume) as run, runs.stop_signals():
         made_with, weights = run.record["stack"].get("weights_sha256"), stored_sha256(source)
         if made_with and weights and made_with != weights:
-            raise LockedError(f"{run.path} holds images of other weights of {source.name}.", "Choose another --out, or add --no-resume to make them anew.")
+            raise LockedError(
+                f"{run.path} holds images of other weights of {source.name}.", "Choose another --out, or add --no-resume to make them anew."
+            )
         if not run.finished:
             stack = stacks.build(recipe, device, ctx.torch_dtype(), ctx.log)
             run.record["stack"] = stack.describe()

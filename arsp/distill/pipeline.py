@@ -81,9 +81,13 @@ def check(config: DistillConfig, source: ModelSource) -> DistillConfig:
     known = (0,) if config.student_steps == 1 else (0, second)
     FewStep(known).check(tokens)
     if config.objective.known not in ((0,), known):
-        raise ConfigError(f"objective.known {list(config.objective.known)}: it follows from student_steps and second_step_at, here {list(known)}.")
+        raise ConfigError(
+            f"objective.known {list(config.objective.known)}: it follows from student_steps and second_step_at, here {list(known)}."
+        )
     if source.origin == "file" and config.tokenizer is None:
-        raise InputError(f"{source.name} is an official file without a tokenizer, and the flow map needs its codebook.", "Give --tokenizer FILE.")
+        raise InputError(
+            f"{source.name} is an official file without a tokenizer, and the flow map needs its codebook.", "Give --tokenizer FILE."
+        )
     if config.trajectories.held_out >= config.trajectories.num:
         raise ConfigError(f"trajectories.held_out {config.trajectories.held_out} leaves nothing of trajectories.num {config.trajectories.num} to train on.")
     return config.model_copy(update={"objective": config.objective.model_copy(update={"known": known}), "second_step_at": second})

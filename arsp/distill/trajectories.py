@@ -58,7 +58,8 @@ def generate_shards(
 ) -> list[Path]:  # fmt: skip
     """Write the missing shards of samples ``0 .. num`` under ``folder`` and return all of them in order.
 
-    Raises InputError when the folder holds damaged shards or some of another teacher or rule; Interrupted between batches when asked to stop.
+    Raises InputError when the folder holds damaged shards or some of another teacher or rule, Interrupted between batches when
+    asked to stop.
     """
     folder.mkdir(parents=True, exist_ok=True)
     meta = rule.fingerprint(teacher_sha256, codebook_VE)
@@ -134,7 +135,9 @@ def _read_shard(path: Path, code_dim: int) -> tuple[dict[str, Tensor], int]:
         raise InputError(f"trajectory shard {path} is damaged: its content hash differs from the stored one.", again)
     noise = request_noise(Request(tensors["sample_ids"][:1], seed), num_tokens, code_dim).flatten()[:64]
     if not torch.allclose(noise, tensors["noise_check"], atol=1e-6):
-        raise InputError(f"{path}: the noise regenerated here differs from the noise it was made with.", f"Delete {path.parent} to make it anew.")
+        raise InputError(
+            f"{path}: the noise regenerated here differs from the noise it was made with.", f"Delete {path.parent} to make it anew."
+        )
     return tensors, seed
 
 

@@ -24,15 +24,23 @@ def load_pool(source: str, limit: int = 0) -> tuple[Tensor, Tensor, list[str]]:
         return images, attrs["shape"], list(shapes.CLASSES)
     root = Path(source)
     if not root.is_dir():
-        raise InputError(f"training data '{source}' is neither a folder nor one of: {', '.join(shapes.VARIANTS)}.", "Give --data FOLDER with one sub-folder of images a class.")
+        raise InputError(
+            f"training data '{source}' is neither a folder nor one of: {', '.join(shapes.VARIANTS)}.",
+            "Give --data FOLDER with one sub-folder of images a class.",
+        )
     from arsp.data.images import load_images
 
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if not names:
-        raise InputError(f"{root} has no sub-folders; expected one folder of images a class.", "Images without classes: put them into one sub-folder.")
+        raise InputError(
+            f"{root} has no sub-folders; expected one folder of images a class.", "Images without classes: put them into one sub-folder."
+        )
     parts = [load_images(root / name) for name in names]
     if len({part.shape[1:] for part in parts}) != 1:
-        raise InputError(f"{root}: images of different sizes: {sorted({tuple(p.shape[2:]) for p in parts})} (height, width).", "Bring them to one size first.")
+        raise InputError(
+            f"{root}: images of different sizes: {sorted({tuple(p.shape[2:]) for p in parts})} (height, width).",
+            "Bring them to one size first.",
+        )
     labels = torch.cat([torch.full((len(part),), i) for i, part in enumerate(parts)])
     images = torch.cat(parts)
     rows = _spread(len(images), limit)

@@ -144,7 +144,10 @@ def _teacher(config: TeacherTraining, directory: Path, stage: Callable, log: Cal
 
 def _features(config: FeatureTraining, directory: Path, stage: Callable, log: Callable) -> Job:
     if config.data not in VARIANTS:
-        raise ConfigError(f"data '{config.data}': the feature network learns attributes, which only the procedural sets have.", nearest(config.data, VARIANTS))
+        raise ConfigError(
+            f"data '{config.data}': the feature network learns attributes, which only the procedural sets have.",
+            nearest(config.data, VARIANTS),
+        )
     task = FeatureTask(config.data, config.optim.seed)
     log(f"the packaged {FEATNET_NAME} stays the metric; this trains another one")
     return Job(task, lambda path, state: _bundle(path, "features", {}, task, state, config.data))

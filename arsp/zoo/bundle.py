@@ -46,11 +46,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise InputError(f"{file} has schema {manifest['schema']}; this arsp reads up to {SCHEMA}.", "Upgrade arsp.")
         manifest["family"], manifest["kind"], manifest["config"], manifest["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is not a valid bundle manifest ({type(error).__name__}: {error}).", "Make or copy the bundle again.") from error
+        raise InputError(
+            f"{file} is not a valid bundle manifest ({type(error).__name__}: {error}).", "Make or copy the bundle again."
+        ) from error
     fields = {"family": str, "kind": str, "config": dict, "sha256": dict, "tokenizer": dict | None}
     wrong = [name for name, kind in fields.items() if not isinstance(manifest.get(name), kind)]
     if wrong or manifest["kind"] not in KINDS:
-        raise InputError(f"{file} is not a valid bundle manifest: '{(wrong or ['kind'])[0]}' has an unexpected value.", "Make or copy the bundle again.")
+        raise InputError(
+            f"{file} is not a valid bundle manifest: '{(wrong or ['kind'])[0]}' has an unexpected value.", "Make or copy the bundle again."
+        )
     return manifest
 
 

@@ -85,7 +85,10 @@ def gpt_config(weights: dict[str, Tensor], path: Path) -> dict[str, Any]:
     layers = 1 + max(int(m.group(1)) for m in (re.match(r"layers\.(\d+)\.", key) for key in weights) if m)
     if (layers, dim) not in _HEADS:
         known = ", ".join(f"{n} layers x {d}" for n, d in sorted(_HEADS))
-        raise InputError(f"{path}: {layers} layers of width {dim} is none of the named sizes ({known}).", "The number of heads is not in the shapes: save it as a bundle with arsp.zoo.bundle.save_bundle.")
+        raise InputError(
+            f"{path}: {layers} layers of width {dim} is none of the named sizes ({known}).",
+            "The number of heads is not in the shapes: save it as a bundle with arsp.zoo.bundle.save_bundle.",
+        )
     ffn = weights["layers.0.feed_forward.w1.weight"].shape[0]
     config = {"dim": dim, "n_layer": layers, "n_head": _HEADS[layers, dim], "vocab_size": vocab, "multiple_of": _multiple_of(dim, ffn)}
     found = re.search(r"(256|384|512)", path.name)

@@ -132,7 +132,10 @@ def load_model(
     if vq is not None and source.config["vocab_size"] != vq.codebook_VE.shape[0]:
         raise ConfigError(f"{source.name} predicts {source.config['vocab_size']} codes, its tokenizer has {vq.codebook_VE.shape[0]}.", "Give the tokenizer it was trained with.")
     if vq is not None and source.kind == "student" and source.card["code_dim"] != vq.codebook_VE.shape[1]:
-        raise ConfigError(f"{source.name} works on {source.card['code_dim']}-vectors, its tokenizer on {vq.codebook_VE.shape[1]}-vectors.", "Give the tokenizer it was trained with.")
+        raise ConfigError(
+            f"{source.name} works on {source.card['code_dim']}-vectors, its tokenizer on {vq.codebook_VE.shape[1]}-vectors.",
+            "Give the tokenizer it was trained with.",
+        )
     return LoadedModel(source, module.to(device=device, dtype=dtype).eval().requires_grad_(False), vq, digest)
 
 

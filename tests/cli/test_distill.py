@@ -127,12 +127,17 @@ def test_a_killed_distillation_continues_to_the_same_weights(place, monkeypatch,
     assert all(torch.equal(raw[f"trained.{key}"], value) for key, value in exported.items()) == (ema == 0)
 
 
-@pytest.mark.parametrize(("number", "code", "milestone"), [(signal.SIGTERM, 143, "checkpoints/00000004"), (signal.SIGINT, 130, "trajectories/shard-00000000-16.safetensors")])
+@pytest.mark.parametrize(
+    ("number", "code", "milestone"),
+    [(signal.SIGTERM, 143, "checkpoints/00000004"), (signal.SIGINT, 130, "trajectories/shard-00000000-16.safetensors")],
+)
 def test_a_distillation_stopped_by_a_signal_continues_to_the_same_weights(place, number, code, milestone):
     long = ["optim.steps=300", "optim.eval_every=100", "optim.checkpoint_every=4", "trajectories.num=400"]
     command = [*distill("stopped", *long), "--threads", 1]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "arsp", *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "arsp", *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and not (place / "stopped" / milestone).exists():
         time.sleep(0.01)

@@ -119,7 +119,14 @@ def stop_midway(number, environment, folder):
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_continues_to_the_same_images(place, environment, number, code):
     returned, out, err = stop_midway(number, environment, place / "stopped")
     made = len(pixels("stopped"))
@@ -182,7 +189,10 @@ def test_classes_are_given_by_id_or_name_and_used_in_turn(place):
     assert record["config"]["classes"] == [2, 0]
 
 
-@pytest.mark.parametrize(("text", "words"), [("99", "classes 0..2"), ("-1", "classes 0..2"), ("bea", "Did you mean: bee"), ("--3", "no such class"), ("²", "no such class")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("99", "classes 0..2"), ("-1", "classes 0..2"), ("bea", "Did you mean: bee"), ("--3", "no such class"), ("²", "no such class")],
+)
 def test_an_unknown_class_is_a_usage_error(place, text, words):
     refused(arsp("--model", "teacher", f"--class={text}"), 2, words)
     assert not (place / "runs").exists()
@@ -247,7 +257,9 @@ def test_the_grid_has_the_asked_columns_and_at_most_the_asked_images(place):
 
 
 def test_resizing_and_half_precision_run(place):
-    record = record_of(arsp("--model", "student", "--num", 2, "--image-size", 12, "--dtype", "bfloat16", "--student-steps", 2, "--split", 7, "--json"))
+    record = record_of(
+        arsp("--model", "student", "--num", 2, "--image-size", 12, "--dtype", "bfloat16", "--student-steps", 2, "--split", 7, "--json")
+    )
     assert all(image.shape == (12, 12, 3) for image in pixels(record["run_dir"]).values())
 
 

@@ -134,11 +134,13 @@ def test_a_killed_training_continues_to_the_same_weights(place, monkeypatch, com
     assert again["curves"].keys() == whole["curves"].keys()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_training_stopped_by_a_signal_continues_to_the_same_weights(place, number, code):
-    command = [*teacher("stopped", "optim.steps=600", "optim.checkpoint_every=5", "optim.eval_every=100"), "--threads", 1]
+    command = [*teacher("stopped", "optim.steps=300", "optim.checkpoint_every=5", "optim.eval_every=100"), "--threads", 1]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "arsp", *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "arsp", *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and not (place / "stopped" / "checkpoints" / "00000005").exists():
         time.sleep(0.01)
@@ -149,7 +151,7 @@ def test_a_training_stopped_by_a_signal_continues_to_the_same_weights(place, num
     assert not (place / "stopped" / "bundle").exists()
     record = record_of(arsp(*command))
     assert record["status"] == "ok"
-    whole = record_of(arsp(*teacher("whole", "optim.steps=600", "optim.checkpoint_every=5", "optim.eval_every=100")))
+    whole = record_of(arsp(*teacher("whole", "optim.steps=300", "optim.checkpoint_every=5", "optim.eval_every=100")))
     assert digest("stopped") == digest("whole") and figures(record) == figures(whole)
 
 
@@ -190,7 +192,9 @@ def test_tokenising_can_be_stopped(place, monkeypatch):
 
 
 def test_divergence_is_exit_6_and_keeps_the_last_checkpoint(place):
-    refused(arsp(*teacher("a", "optim.lr=1e30", "optim.clip=1e30", "optim.warmup=0", "optim.checkpoint_every=1")), 6, "diverged", "optim.lr")
+    refused(
+        arsp(*teacher("a", "optim.lr=1e30", "optim.clip=1e30", "optim.warmup=0", "optim.checkpoint_every=1")), 6, "diverged", "optim.lr"
+    )
     assert any((place / "a" / "checkpoints").glob("*/state.json")) and not (place / "a" / "bundle").exists()
     assert json.loads((place / "a" / "run.json").read_text())["status"] == "failed"
 
@@ -211,7 +215,14 @@ def bad_folders(place):
 @pytest.mark.parametrize("command", [teacher, tokenizer])
 @pytest.mark.parametrize(
     ("data", "words"),
-    [("empty", "no sub-folders"), ("hollow", "holds no image"), ("words", "not a readable image"), ("mixed", "different sizes"), ("nowhere", "neither a folder"), ("file.txt", "neither a folder")],
+    [
+        ("empty", "no sub-folders"),
+        ("hollow", "holds no image"),
+        ("words", "not a readable image"),
+        ("mixed", "different sizes"),
+        ("nowhere", "neither a folder"),
+        ("file.txt", "neither a folder"),
+    ],
 )
 def test_folders_that_are_no_training_set_are_exit_4(place, command, data, words):
     bad_folders(place)
@@ -252,7 +263,9 @@ def test_images_that_do_not_fit_the_sizes_are_refused(place):
 )
 def test_bad_options_end_in_their_exit_code(place, words, code, said):
     result = arsp(*words)
-    assert result.exit_code == code and said in result.stderr and "Traceback" not in result.stderr, f"exit {result.exit_code}: {result.stderr}"
+    assert result.exit_code == code and said in result.stderr and "Traceback" not in result.stderr, (
+        f"exit {result.exit_code}: {result.stderr}"
+    )
     assert not list((place / "runs").glob("*/checkpoints"))
 
 

@@ -23,7 +23,9 @@ def decoder():
 
 
 def make(folder, decoder, rule=RULE, num=20, shard_size=8, batch_size=4, teacher="t", book=BOOK, **more):
-    return generate_shards(folder, decoder, book, rule, teacher_sha256=teacher, num=num, shard_size=shard_size, batch_size=batch_size, **more)
+    return generate_shards(
+        folder, decoder, book, rule, teacher_sha256=teacher, num=num, shard_size=shard_size, batch_size=batch_size, **more
+    )
 
 
 def metadata(path):

@@ -50,9 +50,13 @@ def test_features_learn_shapes(tmp_path):
     assert {"shape_accuracy", "color_accuracy", "bg_accuracy", "position_error_px"} <= state["history"][-1].keys()
 
 
+def counting_teacher():
+    codes, labels = torch.arange(16).repeat(9, 1), torch.arange(9) % 3
+    return TeacherTask(tiny_models.GPT_CONFIG, codes, labels, (codes[:1], labels[:1]))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("make", [lambda: FeatureTask(), lambda: TokenizerTask(tiny_models.VQ, images(), images(), total_steps=60),
-                                  lambda: TeacherTask(tiny_models.GPT_CONFIG, torch.arange(16).repeat(9, 1), torch.arange(9) % 3, (torch.arange(16)[None], torch.zeros(1).long()))])  # fmt: skip
+@pytest.mark.parametrize("make", [FeatureTask, lambda: TokenizerTask(tiny_models.VQ, images(), images(), total_steps=60), counting_teacher])
 def test_every_task_trains_on_a_gpu(make, tmp_path):
     state = fit(make(), OptimConfig(steps=35, batch_size=8, eval_every=35), tmp_path, device="cuda")
     assert state["history"][-1]["loss"] > 0

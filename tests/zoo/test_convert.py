@@ -85,7 +85,9 @@ WRAPPINGS = {
     "compiled-ddp": lambda w: {"model": {f"_orig_mod.module.{k}": v for k, v in w.items()}},
     "ddp-compiled": lambda w: {"model": {f"module._orig_mod.{k}": v for k, v in w.items()}},
     "stray-rope": lambda w: {"model": {**w, "freqs_cis": torch.zeros(17, 2, 2)}},
-    "cache": lambda w: {"model": {**w, "layers.0.attention.kv_cache.k_cache": torch.zeros(1, 2, 17, 8), "module.freqs_cis": torch.zeros(3)}},
+    "cache": lambda w: {
+        "model": {**w, "layers.0.attention.kv_cache.k_cache": torch.zeros(1, 2, 17, 8), "module.freqs_cis": torch.zeros(3)}
+    },
 }
 
 
@@ -172,7 +174,9 @@ def broken(tmp_path):
     torch.save([1, 2], tmp_path / "list_256.pt")
     torch.save({"model": {"conv1.weight": torch.zeros(3)}, "epoch": 3}, tmp_path / "resnet_256.pt")
     # a language model with the same embedding name, width and depth as a named size
-    torch.save({"tok_embeddings.weight": torch.zeros(8, 16), "layers.0.attention.wq.weight": torch.zeros(16, 16)}, tmp_path / "llama_256.pt")
+    torch.save(
+        {"tok_embeddings.weight": torch.zeros(8, 16), "layers.0.attention.wq.weight": torch.zeros(16, 16)}, tmp_path / "llama_256.pt"
+    )
     torch.save({"model": {**good["model"], "tok_embeddings.weight": torch.zeros(16)}}, tmp_path / "flat_256.pt")
     deep = {k.replace("layers.0", "layers.3"): v for k, v in good["model"].items() if k.startswith("layers.0")}
     torch.save({"model": {**good["model"], **deep}}, tmp_path / "deep_256.pt")
