@@ -111,7 +111,9 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d[\d_]*)?\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*\.(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"),
+    re.compile(
+        r"^[-+]?(?:(?:\d[\d_]*)?\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*\.(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
 
@@ -167,7 +169,9 @@ def nest(key: str, value: Any) -> dict[str, Any]:
 
 def section_defaults(schema: type[BaseModel]) -> dict[str, Any]:
     """What the schema's own default instances of its sections set: giving one key of a section keeps the others."""
-    sections = {name: field.get_default(call_default_factory=True) for name, field in schema.model_fields.items() if not field.is_required()}
+    sections = {
+        name: field.get_default(call_default_factory=True) for name, field in schema.model_fields.items() if not field.is_required()
+    }
     return {name: value.model_dump(exclude_unset=True) for name, value in sections.items() if isinstance(value, BaseModel)}
 
 

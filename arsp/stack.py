@@ -46,7 +46,9 @@ class StackConfig(StrictModel):
     top_p: float | None = Field(None, ge=0, le=1)
     top_h: float | None = Field(None, ge=0, le=1, description="share of the entropy kept (0: off)")
     student_steps: int | None = Field(None, ge=1, le=2, description="passes of a distilled student (default 1)")
-    split: int | None = Field(None, ge=-1, description="codes before it come from the logits head, vectors behind from the other (-1: all codes)")
+    split: int | None = Field(
+        None, ge=-1, description="codes before it come from the logits head, vectors behind from the other (-1: all codes)"
+    )
     teacher_range: str | None = Field(None, description="N-M: the teacher regenerates codes N..M-1 (1-based) between two student passes")
     baseline: str | None = Field(None, description="naive, mode or skip-N instead of the sampler")
     random_weights: bool = Field(False, description="no checkpoint: cost only, the images are noise")
@@ -109,22 +111,38 @@ class Stack:
         """The ``stack`` block of a record."""
         source = self.model.source
         return {
-            "name": self.name, "model": source.name, "kind": source.kind, "family": source.family.name, "origin": source.origin,
-            "weights_sha256": self.model.sha256, "dataset": source.card.get("dataset"), "sampler": self.config.baseline or ("student" if source.kind == "student" else self.config.sampler),
-            "cfg": self.guidance.scale, "cfg_interval": self.guidance.interval, "temperature": self.pipeline.temperature, "top_k": self.pipeline.top_k,
-            "top_p": self.pipeline.top_p, "top_h": self.pipeline.top_h, "rng": self.config.rng, "num_tokens": source.layout.num_tokens, "grid": list(source.layout.grid),
-        }  # fmt: skip
+            "name": self.name,
+            "model": source.name,
+            "kind": source.kind,
+            "family": source.family.name,
+            "origin": source.origin,
+            "weights_sha256": self.model.sha256,
+            "dataset": source.card.get("dataset"),
+            "sampler": self.config.baseline or ("student" if source.kind == "student" else self.config.sampler),
+            "cfg": self.guidance.scale,
+            "cfg_interval": self.guidance.interval,
+            "temperature": self.pipeline.temperature,
+            "top_k": self.pipeline.top_k,
+            "top_p": self.pipeline.top_p,
+            "top_h": self.pipeline.top_h,
+            "rng": self.config.rng,
+            "num_tokens": source.layout.num_tokens,
+            "grid": list(source.layout.grid),
+        }
 
     def cost(self) -> dict[str, Any]:
         """The ``cost`` block of a record from the batches made so far (wall clock of codes + decoding)."""
         per_image = sorted(seconds / rows * 1000 for rows, seconds in self.batch_seconds) or [None]
         total = sum(seconds for _, seconds in self.batch_seconds)
         return {
-            "passes": self.stats.get("passes"), "tokens_per_pass": self.stats.get("tokens_per_pass"), "kv_bytes": self.stats.get("kv_bytes"),
+            "passes": self.stats.get("passes"),
+            "tokens_per_pass": self.stats.get("tokens_per_pass"),
+            "kv_bytes": self.stats.get("kv_bytes"),
             "latency_ms": {"p50": per_image[len(per_image) // 2], "p95": per_image[min(len(per_image) - 1, int(len(per_image) * 0.95))]},
             "images_per_s": sum(rows for rows, _ in self.batch_seconds) / total if total else None,
-            "weight_bytes": self.model.weight_bytes(), "simulated": False,
-        }  # fmt: skip
+            "weight_bytes": self.model.weight_bytes(),
+            "simulated": False,
+        }
 
 
 def check(config: StackConfig) -> ModelSource:
@@ -139,7 +157,9 @@ def check(config: StackConfig) -> ModelSource:
     if source.kind == "teacher":
         for option, value in only_student.items():
             if value is not None:
-                raise ConfigError(f"{option} belongs to a distilled student; {source.name} is a teacher.", "Use --model llamagen-dd1, or distil your own.")
+                raise ConfigError(
+                    f"{option} belongs to a distilled student; {source.name} is a teacher.", "Use --model llamagen-dd1, or distil your own."
+                )
         SAMPLERS.get(config.sampler)
         if config.baseline:
             parse_baseline(config.baseline, tokens)
@@ -147,15 +167,27 @@ def check(config: StackConfig) -> ModelSource:
                 raise ConfigError(f"--rng {config.rng} has no effect on --baseline {config.baseline}, which draws with the keyed stream.")
     else:
         if config.baseline:
-            raise ConfigError(f"--baseline is a control made from a teacher; {source.name} is a student.", f"Use --model {source.card.get('teacher', 'llamagen')}.")
+            raise ConfigError(
+                f"--baseline is a control made from a teacher; {source.name} is a student.",
+                f"Use --model {source.card.get('teacher', 'llamagen')}.",
+            )
         if config.sampler != "ar":
             raise ConfigError(f"--sampler {config.sampler} needs an autoregressive teacher; {source.name} is a distilled student.")
         if config.rng != "keyed":
             raise ConfigError(f"--rng {config.rng} has no effect on {source.name}: the noise of a student is keyed by (seed, image).")
-        sampling = {"--cfg": config.cfg, "--temperature": config.temperature, "--top-k": config.top_k, "--top-p": config.top_p, "--top-h": config.top_h}
+        sampling = {
+            "--cfg": config.cfg,
+            "--temperature": config.temperature,
+            "--top-k": config.top_k,
+            "--top-p": config.top_p,
+            "--top-h": config.top_h,
+        }
         given = [option for option, value in sampling.items() if value is not None] + ["--cfg-interval"] * (config.cfg_interval >= 0)
         if given and config.teacher_range is None:
-            raise ConfigError(f"{', '.join(given)}: a student has its teacher's rule baked in and does not sample.", "Drop it, or add --teacher-range N-M.")
+            raise ConfigError(
+                f"{', '.join(given)}: a student has its teacher's rule baked in and does not sample.",
+                "Drop it, or add --teacher-range N-M.",
+            )
         FewStep(step_counts(config.student_steps or 1, tokens, source.card["known"][1:]), _split(config)).check(tokens)
         if config.teacher_range:
             parse_teacher_range(config.teacher_range, tokens)
@@ -164,7 +196,12 @@ def check(config: StackConfig) -> ModelSource:
     return source
 
 
-def build(config: StackConfig, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, log: Callable[[str], None] = lambda text: None) -> Stack:
+def build(
+    config: StackConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    log: Callable[[str], None] = lambda text: None,
+) -> Stack:
     """Check, load and connect. ``log`` is told about anything that takes long before the first image."""
     source = check(config)
     model = load_model(source, device, dtype, random_weights=config.random_weights)
@@ -178,11 +215,18 @@ def build(config: StackConfig, device: torch.device | str = "cpu", dtype: torch.
         name = f"{source.name} {config.student_steps or 1}-step"
         if config.teacher_range:
             first, stop = parse_teacher_range(config.teacher_range, source.layout.num_tokens)
-            generator, name = TeacherLoopGenerator(generator, teacher.decoder(guidance), pipeline, first, stop), f"{source.name} pre-trained-{config.teacher_range}"
+            generator, name = (
+                TeacherLoopGenerator(generator, teacher.decoder(guidance), pipeline, first, stop),
+                f"{source.name} pre-trained-{config.teacher_range}",
+            )
     else:
         decoder = model.decoder(guidance)
         ar = SAMPLERS.get(config.sampler)(decoder, pipeline, config.rng)
-        generator, name = (ar, source.name) if not config.baseline else (_baseline(config, model, decoder, pipeline, ar, log), f"{source.name} {config.baseline}")
+        generator, name = (
+            (ar, source.name)
+            if not config.baseline
+            else (_baseline(config, model, decoder, pipeline, ar, log), f"{source.name} {config.baseline}")
+        )
     return Stack(config, name, model, generator, torch.device(device), pipeline, guidance)
 
 
@@ -212,7 +256,9 @@ def _teacher_of(source: ModelSource, config: StackConfig, device: torch.device |
     return load_model(_teacher_source(source), device, dtype, with_tokenizer=False) if config.teacher_range else None
 
 
-def _baseline(config: StackConfig, model: LoadedModel, decoder: Any, pipeline: LogitsPipeline, ar: Generator, log: Callable[[str], None]) -> Generator:
+def _baseline(
+    config: StackConfig, model: LoadedModel, decoder: Any, pipeline: LogitsPipeline, ar: Generator, log: Callable[[str], None]
+) -> Generator:
     kind, skip = parse_baseline(config.baseline, decoder.layout.num_tokens)
     if kind == "skip":
         return SkipGenerator(decoder, pipeline, model.codebook_VE, skip)
@@ -245,9 +291,18 @@ def labels_for(stack: Stack, num: int, seed: int, classes: list[int] | None) -> 
 
 
 def sample_images(
-    model: str, num: int, seed: int = 0, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, batch_size: int | None = None,
-    progress: Callable[[int], None] = lambda n: None, log: Callable[[str], None] = lambda text: None, classes: list[int] | None = None, **options: Any,
-) -> tuple[Tensor, list[int] | None, dict[str, Any], dict[str, Any]]:  # fmt: skip
+    model: str,
+    num: int,
+    seed: int = 0,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+    log: Callable[[str], None] = lambda text: None,
+    classes: list[int] | None = None,
+    **options: Any,
+) -> tuple[Tensor, list[int] | None, dict[str, Any], dict[str, Any]]:
     """``num`` uint8 images of a model, their labels, and the ``stack`` and ``cost`` blocks of a record. ``options``: StackConfig."""
     stack = build(StackConfig(model=model, **options), device, dtype, log)
     stack.require_tokenizer()

@@ -22,7 +22,9 @@ CLASSES = [str(i) for i in range(10)]
 def run(arguments: list[str], environment: dict[str, str], capture: bool = False) -> str:
     """Run one arsp command, progress on stderr; stop with its exit code if it fails."""
     print(f"\n$ arsp {' '.join(arguments)}", file=sys.stderr, flush=True)
-    result = subprocess.run([sys.executable, "-m", "arsp", *arguments], env=environment, stdout=subprocess.PIPE if capture else sys.stderr, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "arsp", *arguments], env=environment, stdout=subprocess.PIPE if capture else sys.stderr, text=True
+    )
     if result.returncode:
         print(f"demo: stopped (exit code {result.returncode}); run the same command again to continue.", file=sys.stderr)
         sys.exit(result.returncode)
@@ -63,7 +65,19 @@ def main() -> int:
         run(["eval", str(out / name), "--metric", "fid,acc", "--out", str(out / f"{name}-eval")], environment)
         records.append(out / f"{name}-eval")
     report = out / "report.html"
-    command = ["report", *map(str, records), "--html", str(report), "--png", str(out / "report.png"), "--md", str(out / "report.md"), "--title", "One-step distillation of the embedded teacher", "--json"]
+    command = [
+        "report",
+        *map(str, records),
+        "--html",
+        str(report),
+        "--png",
+        str(out / "report.png"),
+        "--md",
+        str(out / "report.md"),
+        "--title",
+        "One-step distillation of the embedded teacher",
+        "--json",
+    ]
     made = json.loads(run(command, environment, capture=True))
     print((out / "report.md").read_text())
     print(f"report: {report}  ({len(made['artifacts'])} files, {(time.monotonic() - started) / 60:.1f} minutes)")

@@ -37,7 +37,9 @@ def test_command_of_the_readme_runs(line, tmp_path):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     extra = next((more for start, more in BUDGET.items() if line.startswith(start)), "")
     parts = [shlex.join([sys.executable, "-m", part.split()[0]]) + " " + part.split(" ", 1)[1] for part in line.split(" | ")]
-    result = subprocess.run(["bash", "-o", "pipefail", "-c", f"{' | '.join(parts)} {extra}"], cwd=tmp_path, capture_output=True, text=True, timeout=540)
+    result = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{' | '.join(parts)} {extra}"], cwd=tmp_path, capture_output=True, text=True, timeout=540
+    )
     assert result.returncode == 0, f"{line}\nexit code {result.returncode}\n{result.stderr[-2000:]}"
     assert "Traceback" not in result.stderr
 
@@ -50,7 +52,18 @@ def test_make_targets_of_the_readme_exist():
 
 @pytest.mark.slow
 def test_the_demo_goes_from_teacher_to_report(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--out", str(tmp_path / "demo"), "--num", "20", "--steps", "2", "--trajectories", "1100"]
+    command = [
+        sys.executable,
+        str(ROOT / "examples" / "demo.py"),
+        "--out",
+        str(tmp_path / "demo"),
+        "--num",
+        "20",
+        "--steps",
+        "2",
+        "--trajectories",
+        "1100",
+    ]
     for attempt in ("first", "again"):
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=540)
         assert result.returncode == 0, f"{attempt}: {result.stderr[-2000:]}"

@@ -15,10 +15,12 @@ def models(tmp_path, monkeypatch):
     monkeypatch.setattr(load, "cache_root", lambda: tmp_path / "cache")
     teacher = tiny_models.teacher_bundle(tmp_path / "teacher")
     return {
-        "teacher": str(teacher), "student": str(tiny_models.student_bundle(tmp_path / "student", teacher)),
-        "orphan": str(tiny_models.student_bundle(tmp_path / "orphan")), "one-step": str(tiny_models.student_bundle(tmp_path / "one", known=(0,))),
+        "teacher": str(teacher),
+        "student": str(tiny_models.student_bundle(tmp_path / "student", teacher)),
+        "orphan": str(tiny_models.student_bundle(tmp_path / "orphan")),
+        "one-step": str(tiny_models.student_bundle(tmp_path / "one", known=(0,))),
         "tokenizer": str(tiny_models.tokenizer_bundle(tmp_path / "tokenizer")),
-    }  # fmt: skip
+    }
 
 
 IMPOSSIBLE = [
@@ -100,11 +102,21 @@ def test_a_student_whose_tokenizer_has_other_codes_is_refused(tmp_path, monkeypa
 
 
 POSSIBLE = [
-    ("teacher", {}, 16), ("teacher", {"top_k": 3, "cfg": 3.0, "cfg_interval": 4}, 16), ("teacher", {"temperature": 0.0}, 16),
-    ("teacher", {"top_p": 0.0}, 16), ("teacher", {"top_h": 0.4}, 16), ("teacher", {"baseline": "skip-4"}, 12), ("teacher", {"image_size": 12}, 16),
-    ("student", {}, 1), ("student", {"student_steps": 2}, 2), ("student", {"student_steps": 2, "split": 5}, 2), ("student", {"split": 0}, 1),
-    ("student", {"teacher_range": "1-5"}, 5), ("student", {"teacher_range": "3-6", "cfg": 2.0}, 5), ("student", {"teacher_range": "3-6", "split": 9}, 5),
-]  # fmt: skip
+    ("teacher", {}, 16),
+    ("teacher", {"top_k": 3, "cfg": 3.0, "cfg_interval": 4}, 16),
+    ("teacher", {"temperature": 0.0}, 16),
+    ("teacher", {"top_p": 0.0}, 16),
+    ("teacher", {"top_h": 0.4}, 16),
+    ("teacher", {"baseline": "skip-4"}, 12),
+    ("teacher", {"image_size": 12}, 16),
+    ("student", {}, 1),
+    ("student", {"student_steps": 2}, 2),
+    ("student", {"student_steps": 2, "split": 5}, 2),
+    ("student", {"split": 0}, 1),
+    ("student", {"teacher_range": "1-5"}, 5),
+    ("student", {"teacher_range": "3-6", "cfg": 2.0}, 5),
+    ("student", {"teacher_range": "3-6", "split": 9}, 5),
+]
 
 
 @pytest.mark.parametrize(("model", "options", "passes"), POSSIBLE)

@@ -48,14 +48,29 @@ def tokenizer_bundle(path: Path) -> Path:
 
 def teacher_bundle(path: Path, **more) -> Path:
     return save_bundle(
-        path, family="llamagen", kind="teacher", config=asdict(GPT_CONFIG), model=gpt_model().state_dict(), tokenizer={"config": plain(VQ)},
-        tokenizer_weights=vq_model().state_dict(), **{"sampling": SAMPLING, "classes": CLASSES, **more},
-    )  # fmt: skip
+        path,
+        family="llamagen",
+        kind="teacher",
+        config=asdict(GPT_CONFIG),
+        model=gpt_model().state_dict(),
+        tokenizer={"config": plain(VQ)},
+        tokenizer_weights=vq_model().state_dict(),
+        **{"sampling": SAMPLING, "classes": CLASSES, **more},
+    )
 
 
 def student_bundle(path: Path, teacher: Path | None = None, known: tuple[int, ...] = (0, 5)) -> Path:
     return save_bundle(
-        path, family="llamagen", kind="student", config=asdict(GPT_CONFIG), model=student_model().state_dict(), tokenizer={"config": plain(VQ)},
-        tokenizer_weights=vq_model().state_dict(), classes=CLASSES, code_dim=4, known=list(known), sampling=SAMPLING,
+        path,
+        family="llamagen",
+        kind="student",
+        config=asdict(GPT_CONFIG),
+        model=student_model().state_dict(),
+        tokenizer={"config": plain(VQ)},
+        tokenizer_weights=vq_model().state_dict(),
+        classes=CLASSES,
+        code_dim=4,
+        known=list(known),
+        sampling=SAMPLING,
         teacher=None if teacher is None else str(teacher),
-    )  # fmt: skip
+    )

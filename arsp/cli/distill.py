@@ -41,14 +41,23 @@ def distill(
     from arsp.zoo.load import resolve
 
     named = {
-        "teacher": teacher, "tokenizer": tokenizer, "method": method, "student_steps": student_steps, "optim.steps": steps, "trajectories.num": trajectories, "optim.lr": lr,
-        "optim.batch_size": batch_size, "optim.seed": seed,
-    }  # fmt: skip
+        "teacher": teacher,
+        "tokenizer": tokenizer,
+        "method": method,
+        "student_steps": student_steps,
+        "optim.steps": steps,
+        "trajectories.num": trajectories,
+        "optim.lr": lr,
+        "optim.batch_size": batch_size,
+        "optim.seed": seed,
+    }
     config = ctx.resolve(dd.DistillConfig, named)
     run_method = Registry("methods").get(config.method)
     source = resolve(config.teacher, tokenizer=config.tokenizer)
     config = dd.check(config, source)
-    guidance, pipeline = sampling_rule(source.card, config.trajectories)
+    guidance, pipeline = sampling_rule(
+        {"sampling": {**source.card.get("sampling", {}), **source.card.get("distillation", {})}}, config.trajectories
+    )
     ctx.plan(config)
     ctx.emit(run_distillation(ctx, config, source, guidance, pipeline, run_method))
 
@@ -59,7 +68,10 @@ def run_distillation(ctx: CommandContext, config: Any, source: Any, guidance: An
     from arsp.zoo.load import load_model
 
     device = ctx.setup_torch()
-    with runs.Run.open("distill", f"{config.teacher}-{config.method}", config.model_dump(), ctx.opts.out, resume=ctx.opts.resume) as run, runs.stop_signals():
+    with (
+        runs.Run.open("distill", f"{config.teacher}-{config.method}", config.model_dump(), ctx.opts.out, resume=ctx.opts.resume) as run,
+        runs.stop_signals(),
+    ):
         if not run.finished:
             teacher = load_model(source, device)
             if source.origin == "embedded":
@@ -74,9 +86,20 @@ def run_distillation(ctx: CommandContext, config: Any, source: Any, guidance: An
 def complete(run: Run, config: Any, source: Any, result: Distilled) -> None:
     """Figures, curves, artifacts and parents of a finished distillation."""
     record = run.record
-    record["stack"] = {"name": f"{source.name}-{config.method} (fresh)", "model": str(result.bundle), "kind": "student", "dataset": source.card.get("dataset")}
+    record["stack"] = {
+        "name": f"{source.name}-{config.method} (fresh)",
+        "model": str(result.bundle),
+        "kind": "student",
+        "dataset": source.card.get("dataset"),
+    }
     record["parents"] = [f"{source.name}@{source.origin}"]
     for name, value in result.figures.items():
-        run.add_metric(name, value, n=config.trajectories.held_out if name.startswith("heldout") else config.probe_images, protocol="held-out trajectories" if name.startswith("heldout") else "training curve probe, 1 step", comparable=False)  # fmt: skip
+        run.add_metric(
+            name,
+            value,
+            n=config.trajectories.held_out if name.startswith("heldout") else config.probe_images,
+            protocol="held-out trajectories" if name.startswith("heldout") else "training curve probe, 1 step",
+            comparable=False,
+        )
     record["curves"] = result.curves
     run.add_artifact(result.bundle, "bundle", minutes=round(result.state["elapsed_s"] / 60, 2), steps=result.state["step"])

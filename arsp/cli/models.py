@@ -18,12 +18,17 @@ def ls(ctx: CommandContext) -> None:
     for name in card_names():
         source = resolve(name)
         here = "embedded" if source.origin == "embedded" else "here" if source.path else "not here"
-        rows.append({"name": name, "kind": source.kind, "tokens": source.layout.num_tokens, "weights": here, "about": cards()[name]["about"]})
+        rows.append(
+            {"name": name, "kind": source.kind, "tokens": source.layout.num_tokens, "weights": here, "about": cards()[name]["about"]}
+        )
     ctx.plan({"models": [row["name"] for row in rows]})
     ctx.emit({"models": rows}, make_table(None, ("name", "kind", "tokens", "weights", "about"), [tuple(row.values()) for row in rows]))
 
 
-@command(examples=["arsp models info llamagen", "arsp models info llamagen-b-256 --json", "arsp models info runs/distill-llamagen-1a2b3c4d"], shared=())
+@command(
+    examples=["arsp models info llamagen", "arsp models info llamagen-b-256 --json", "arsp models info runs/distill-llamagen-1a2b3c4d"],
+    shared=(),
+)
 def info(ctx: CommandContext, name: Annotated[str, typer.Argument(help="Zoo name, bundle, run directory, or official file")]) -> None:
     """Describe a model: sizes, parameters, bytes, sampling rule, training, published and measured figures."""
     ctx.plan({"info": name})
@@ -62,14 +67,32 @@ def describe(name: str) -> dict[str, Any]:
         else:
             module = source.family.build(source.config)
     parameters = sum(p.numel() for p in module.parameters())
-    files = {} if source.path is None or not source.path.is_dir() else {f.name: f.stat().st_size for f in sorted(source.path.glob("*.safetensors"))}
+    files = (
+        {}
+        if source.path is None or not source.path.is_dir()
+        else {f.name: f.stat().st_size for f in sorted(source.path.glob("*.safetensors"))}
+    )
     card = source.card
     return {
-        "name": source.name, "about": card.get("about"), "family": source.family.name, "kind": source.kind, "origin": source.origin,
-        "path": None if source.path is None else str(source.path), "parameters": parameters, "bytes_bf16": 2 * parameters, "files": files or None,
-        "config": source.config, "sampling": card.get("sampling"), "known": card.get("known"), "teacher": card.get("teacher"), "dataset": card.get("dataset"),
-        "training": card.get("training"), "measured": card.get("measured"), "published": card.get("published"), "parents": card.get("parents"),
-    }  # fmt: skip
+        "name": source.name,
+        "about": card.get("about"),
+        "family": source.family.name,
+        "kind": source.kind,
+        "origin": source.origin,
+        "path": None if source.path is None else str(source.path),
+        "parameters": parameters,
+        "bytes_bf16": 2 * parameters,
+        "files": files or None,
+        "config": source.config,
+        "sampling": card.get("sampling"),
+        "known": card.get("known"),
+        "teacher": card.get("teacher"),
+        "dataset": card.get("dataset"),
+        "training": card.get("training"),
+        "measured": card.get("measured"),
+        "published": card.get("published"),
+        "parents": card.get("parents"),
+    }
 
 
 def _short(value: Any) -> str:

@@ -364,17 +364,20 @@ def _bar(total: int | None, description: str) -> Iterator[Callable[..., None]]:
 
 
 def _line_progress(total: int | None, description: str, log: Callable[[str], None], every_s: float = 10.0) -> Callable[..., None]:
-    done, started = 0, time.monotonic()
-    shown = started
+    done, shown_done, shown = 0, 0, time.monotonic()
 
     def advance(n: int = 1) -> None:
-        nonlocal done, shown
+        nonlocal done, shown_done, shown
         done += n
         now = time.monotonic()
-        if now - shown >= every_s:
-            shown = now
-            left = f", about {(total - done) * (now - started) / done:.0f} s left" if total and done else ""
-            log(f"{description}: {done}{f'/{total}' if total else ''}{left}")
+        if now - shown < every_s:
+            if now - shown < 0.5:
+                shown_done = done  # what a resumed run had already done says nothing about the speed
+            return
+        rate = (done - shown_done) / (now - shown)
+        left = f", about {(total - done) / rate:.0f} s left" if total and rate > 0 else ""
+        log(f"{description}: {done}{f'/{total}' if total else ''}{left}")
+        shown, shown_done = now, done
 
     return advance
 

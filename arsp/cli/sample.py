@@ -19,9 +19,23 @@ if TYPE_CHECKING:
     from arsp.stack import Stack
 
 STACK_KEYS = (
-    "model", "tokenizer", "sampler", "rng", "cfg", "cfg_interval", "temperature", "top_k", "top_p", "top_h", "student_steps", "split",
-    "teacher_range", "baseline", "random_weights", "image_size",
-)  # fmt: skip
+    "model",
+    "tokenizer",
+    "sampler",
+    "rng",
+    "cfg",
+    "cfg_interval",
+    "temperature",
+    "top_k",
+    "top_p",
+    "top_h",
+    "student_steps",
+    "split",
+    "teacher_range",
+    "baseline",
+    "random_weights",
+    "image_size",
+)
 
 
 class SampleConfig(StrictModel):
@@ -74,17 +88,34 @@ def sample(
     top_p: Annotated[Optional[float], typer.Option(help="1: off")] = None,
     top_h: Annotated[Optional[float], typer.Option(help="Share of the entropy that is kept, e.g. 0.4; 0: off")] = None,
     student_steps: Annotated[Optional[int], typer.Option(help="Passes of a distilled student: 1 or 2")] = None,
-    split: Annotated[Optional[int], typer.Option(help="Codes before it from the logits head, vectors behind it from the other; -1: all codes")] = None,
-    teacher_range: Annotated[Optional[str], typer.Option(help="N-M: the teacher regenerates codes N..M-1 between two student passes")] = None,
+    split: Annotated[
+        Optional[int], typer.Option(help="Codes before it from the logits head, vectors behind it from the other; -1: all codes")
+    ] = None,
+    teacher_range: Annotated[
+        Optional[str], typer.Option(help="N-M: the teacher regenerates codes N..M-1 between two student passes")
+    ] = None,
     baseline: Annotated[Optional[str], typer.Option(help="Control instead of the sampler: naive, mode or skip-N")] = None,
     image_size: Annotated[Optional[int], typer.Option(help="Bicubic resize before uint8 (384 px models are evaluated at 256)")] = None,
     grid: Annotated[Optional[Path], typer.Option(help="Write the grid picture here too")] = None,
 ) -> None:
     """Sample images from a teacher, a student or a control. Image i depends on (seed, i) only; the same command continues a stopped run."""
     named_stack = dict(
-        model=model, tokenizer=tokenizer, sampler=sampler, rng=rng, cfg=cfg, cfg_interval=cfg_interval, temperature=temperature, top_k=top_k,
-        top_p=top_p, top_h=top_h, student_steps=student_steps, split=split, teacher_range=teacher_range, baseline=baseline, image_size=image_size,
-    )  # fmt: skip
+        model=model,
+        tokenizer=tokenizer,
+        sampler=sampler,
+        rng=rng,
+        cfg=cfg,
+        cfg_interval=cfg_interval,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        top_h=top_h,
+        student_steps=student_steps,
+        split=split,
+        teacher_range=teacher_range,
+        baseline=baseline,
+        image_size=image_size,
+    )
     out, npz = ctx.opts.out, None
     if out is not None and out.suffix == ".npz":
         out, npz = None, str(out.resolve())
@@ -138,7 +169,8 @@ def class_id(text: str, names: list[str]) -> int:
 
 def run_sample(ctx: CommandContext, config: SampleConfig, recipe: Any, source: Any, out: Path | None, grid: Path | None) -> dict[str, Any]:
     """Make the missing images of the run and complete its record."""
-    from arsp import runs, stack as stacks
+    from arsp import runs
+    from arsp import stack as stacks
     from arsp.zoo.load import stored_sha256
 
     device = ctx.setup_torch()
@@ -176,7 +208,11 @@ def make_images(ctx: CommandContext, config: SampleConfig, stack: Stack, run: Ru
     labels = labels_for(stack, config.num, config.seed, config.classes)
     runs.write_json(run.path / "labels.json", labels.tolist())
     first = 0
-    while stack.config.rng == "keyed" and first < config.num and all(name(i).exists() for i in range(first, min(first + config.batch_size, config.num))):
+    while (
+        stack.config.rng == "keyed"
+        and first < config.num
+        and all(name(i).exists() for i in range(first, min(first + config.batch_size, config.num)))
+    ):
         first += config.batch_size
     with ctx.progress(config.num, f"sample {stack.name}") as advance:
         advance(min(first, config.num))

@@ -27,8 +27,12 @@ WHAT = ("tokenizer", "teacher", "features")
 def train(
     ctx: CommandContext,
     what: Annotated[str, typer.Argument(help="tokenizer, teacher or features")],
-    data: Annotated[Optional[str], typer.Option(help="shapes32, shapes32-coarse, or a folder with one sub-folder a class [default: shapes32-coarse]")] = None,
-    tokenizer: Annotated[Optional[str], typer.Option(help="Tokenizer of a teacher: bundle, run directory or embedded name [default: shapes-vq16]")] = None,
+    data: Annotated[
+        Optional[str], typer.Option(help="shapes32, shapes32-coarse, or a folder with one sub-folder a class [default: shapes32-coarse]")
+    ] = None,
+    tokenizer: Annotated[
+        Optional[str], typer.Option(help="Tokenizer of a teacher: bundle, run directory or embedded name [default: shapes-vq16]")
+    ] = None,
     steps: Annotated[Optional[int], typer.Option(help="Optimiser updates")] = None,
     lr: Annotated[Optional[float], typer.Option(help="Peak learning rate")] = None,
     batch_size: Annotated[Optional[int], typer.Option(help="Images or sequences an update")] = None,

@@ -101,7 +101,9 @@ def render(attrs: Attributes) -> Tensor:
 def draw(n: int, seed: int, variant: str = "shapes32") -> tuple[Tensor, Attributes]:
     """``n`` random images (uint8, NCHW) and their attributes."""
     attrs = attributes(n, seed, variant)
-    chunks = [render(select(attrs, rows)) for rows in torch.arange(n).split(4096)] if n else [torch.empty(0, 3, SIZE, SIZE, dtype=torch.uint8)]
+    chunks = (
+        [render(select(attrs, rows)) for rows in torch.arange(n).split(4096)] if n else [torch.empty(0, 3, SIZE, SIZE, dtype=torch.uint8)]
+    )
     return torch.cat(chunks), attrs
 
 

@@ -34,7 +34,17 @@ def parse_baseline(text: str, num_tokens: int) -> tuple[str, int]:
     raise ConfigError(f"unknown baseline '{text}'.", f"Use naive, mode, or skip-N with 0 < N < {num_tokens}.")
 
 
-def class_frequencies(generator: Generator, layout: Layout, num_classes: int, vocab_size: int, *, num: int, seed: int, cache: Path, progress: Callable[[int], None] = lambda n: None) -> Tensor:
+def class_frequencies(
+    generator: Generator,
+    layout: Layout,
+    num_classes: int,
+    vocab_size: int,
+    *,
+    num: int,
+    seed: int,
+    cache: Path,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Tensor:
     """Empirical code frequencies ``(num_classes, L, V)`` over ``num`` samples of the teacher, kept in ``cache``."""
     if cache.is_file():
         return load_file(cache)["frequencies"]

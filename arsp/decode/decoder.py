@@ -92,9 +92,13 @@ class RasterDecoder:
         lengths = state.lengths_B[rows]
         same = len(lengths) > 0 and bool((lengths == lengths[0]).all())
         return replace(
-            state, prefix_RPC=state.prefix_RPC[halves], cache=state.cache.select(halves), lengths_B=lengths, uniform=int(lengths[0]) if same else None,
+            state,
+            prefix_RPC=state.prefix_RPC[halves],
+            cache=state.cache.select(halves),
+            lengths_B=lengths,
+            uniform=int(lengths[0]) if same else None,
             caption_mask_RP=None if state.caption_mask_RP is None else state.caption_mask_RP[halves],
-        )  # fmt: skip
+        )
 
     @torch.inference_mode()
     def teacher_forced(self, request: Request, codes_BL: Tensor) -> Tensor:

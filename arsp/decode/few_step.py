@@ -88,7 +88,9 @@ class StudentGenerator:
             if callback:
                 callback(self.layout.num_tokens - known)
         embeddings = None if self.split >= self.layout.num_tokens else x
-        return Generation(codes, embeddings, {"passes": len(self.settings.known), "tokens_per_pass": codes.shape[1] / len(self.settings.known)})
+        return Generation(
+            codes, embeddings, {"passes": len(self.settings.known), "tokens_per_pass": codes.shape[1] / len(self.settings.known)}
+        )
 
 
 class TeacherLoopGenerator:
@@ -127,7 +129,9 @@ class TeacherLoopGenerator:
         embeddings = None if one.split >= one.layout.num_tokens else merge(final, vectors, one.split, book)
         teacher_passes = self.stop - self.start
         passes = (self.start > 0) + teacher_passes + 1
-        return Generation(final, embeddings, {"passes": passes, "teacher_passes": teacher_passes, "tokens_per_pass": one.layout.num_tokens / passes})
+        return Generation(
+            final, embeddings, {"passes": passes, "teacher_passes": teacher_passes, "tokens_per_pass": one.layout.num_tokens / passes}
+        )
 
 
 def parse_teacher_range(text: str, num_tokens: int) -> tuple[int, int]:
@@ -147,4 +151,6 @@ def step_counts(steps: int, num_tokens: int, intermediate: Sequence[int]) -> tup
         return (0,)
     if steps == 2 and intermediate:
         return (0, int(intermediate[0]))
-    raise ConfigError(f"student steps {steps}: this student was trained for 1{' or 2' if intermediate else ''} steps of {num_tokens} tokens.")
+    raise ConfigError(
+        f"student steps {steps}: this student was trained for 1{' or 2' if intermediate else ''} steps of {num_tokens} tokens."
+    )

@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 
 from arsp.config import StrictModel
-from arsp.decode.filters import LogitsPipeline
 from arsp.decode.few_step import FewStep, StudentGenerator
+from arsp.decode.filters import LogitsPipeline
 from arsp.decode.guidance import Guidance
 from arsp.distill.dd1 import DD1Config, DD1Task
 from arsp.distill.flow import FlowSettings
@@ -50,12 +50,24 @@ class DistillConfig(StrictModel):
     teacher: str = Field("llamagen", description="zoo name, bundle, or official file")
     tokenizer: str | None = Field(None, description="tokenizer file of an official GPT file")
     method: str = Field("dd1", description="distillation method")
-    student_steps: int = Field(2, ge=1, le=2, description="1: trained for one pass; 2: also for a second pass that starts at known[1] codes")
-    second_step_at: int | None = Field(None, ge=1, description="known codes at the second pass (default: 5/16 of the sequence, as published for 256)")
+    student_steps: int = Field(
+        2, ge=1, le=2, description="1: trained for one pass; 2: also for a second pass that starts at known[1] codes"
+    )
+    second_step_at: int | None = Field(
+        None, ge=1, description="known codes at the second pass (default: the card's, else 5/16 of the sequence, as published for 256)"
+    )
     trajectories: TrajectoryConfig = TrajectoryConfig()
     objective: DD1Config = Field(DD1Config(known=(0,)), description="weights; known is set from student_steps")
     optim: OptimConfig = OptimConfig(
-        steps=2000, batch_size=64, lr=1.5e-3, warmup=100, schedule="flat-linear", ema=0.995, autocast="off", eval_every=200, checkpoint_every=200
+        steps=2000,
+        batch_size=64,
+        lr=1.5e-3,
+        warmup=100,
+        schedule="flat-linear",
+        ema=0.995,
+        autocast="off",
+        eval_every=200,
+        checkpoint_every=200,
     )
     probe_images: int = Field(500, ge=0, description="images of the Frechet distance in the training curve (embedded set only; 0: none)")
 
@@ -77,7 +89,7 @@ def check(config: DistillConfig, source: ModelSource) -> DistillConfig:
     if source.config.get("model_type") == "t2i":
         raise ConfigError(f"{source.name} is text-conditional; {config.method} draws class labels.", "Use a class-conditional teacher.")
     tokens = source.layout.num_tokens
-    second = config.second_step_at or max(1, round(tokens * 5 / 16))
+    second = config.second_step_at or source.card.get("distillation", {}).get("second_step_at") or max(1, round(tokens * 5 / 16))
     known = (0,) if config.student_steps == 1 else (0, second)
     FewStep(known).check(tokens)
     if config.objective.known not in ((0,), known):
@@ -89,14 +101,23 @@ def check(config: DistillConfig, source: ModelSource) -> DistillConfig:
             f"{source.name} is an official file without a tokenizer, and the flow map needs its codebook.", "Give --tokenizer FILE."
         )
     if config.trajectories.held_out >= config.trajectories.num:
-        raise ConfigError(f"trajectories.held_out {config.trajectories.held_out} leaves nothing of trajectories.num {config.trajectories.num} to train on.")
+        raise ConfigError(
+            f"trajectories.held_out {config.trajectories.held_out} leaves none of {config.trajectories.num} to train on."
+        )
     return config.model_copy(update={"objective": config.objective.model_copy(update={"known": known}), "second_step_at": second})
 
 
 def distill(
-    config: DistillConfig, teacher: LoadedModel, guidance: Guidance, pipeline: LogitsPipeline, directory: Path, *, device: torch.device,
-    stage: Callable[[int, str], Any], log: Callable[[str], None],
-) -> Distilled:  # fmt: skip
+    config: DistillConfig,
+    teacher: LoadedModel,
+    guidance: Guidance,
+    pipeline: LogitsPipeline,
+    directory: Path,
+    *,
+    device: torch.device,
+    stage: Callable[[int, str], Any],
+    log: Callable[[str], None],
+) -> Distilled:
     """Run a checked configuration. ``stage(total, name)`` is a progress context yielding ``advance(n)``.
 
     Raises Interrupted after a checkpoint, NumericalError when training diverges, InputError on damaged shards.
@@ -104,13 +125,25 @@ def distill(
     rule = config.trajectories
     book = teacher.codebook_VE.to(device)
     made = TrajectoryRule(
-        rule.seed, teacher.source.config["num_classes"], guidance.scale, guidance.interval, pipeline, FlowSettings(solver=rule.solver, steps=rule.solver_steps)
+        rule.seed,
+        teacher.source.config["num_classes"],
+        guidance.scale,
+        guidance.interval,
+        pipeline,
+        FlowSettings(solver=rule.solver, steps=rule.solver_steps),
     )
     with stage(rule.num, "trajectories") as advance:
         shards = generate_shards(
-            directory / "trajectories", teacher.decoder(guidance), book, made, teacher_sha256=str(teacher.sha256), num=rule.num, shard_size=rule.shard_size,
-            batch_size=rule.batch_size, progress=advance,
-        )  # fmt: skip
+            directory / "trajectories",
+            teacher.decoder(guidance),
+            book,
+            made,
+            teacher_sha256=str(teacher.sha256),
+            num=rule.num,
+            shard_size=rule.shard_size,
+            batch_size=rule.batch_size,
+            progress=advance,
+        )
     everything = load_shards(shards, book.shape[1])
     task = make_task(config, teacher, everything, book)
     with stage(config.optim.steps, "train the student") as advance:
@@ -130,7 +163,13 @@ def make_task(config: DistillConfig, teacher: LoadedModel, everything: Trajector
     torch.manual_seed(config.optim.seed)
     student = teacher.source.family.build_student(teacher.source.config, book.shape[1]).float()
     student.init_from_teacher(teacher.module.float().cpu(), book.cpu(), generator)  # its work on the device is done
-    task = DD1Task(student, book, config.objective, everything.rows(slice(config.trajectories.held_out, None)), everything.rows(slice(0, config.trajectories.held_out)))
+    task = DD1Task(
+        student,
+        book,
+        config.objective,
+        everything.rows(slice(config.trajectories.held_out, None)),
+        everything.rows(slice(0, config.trajectories.held_out)),
+    )
     dataset = teacher.source.card.get("dataset")
     if config.probe_images and dataset is not None:
         task.probe = ImageProbe(teacher, book, dataset, config.probe_images)
@@ -171,21 +210,48 @@ def training_curves(history: list[dict[str, Any]], by_position: dict[str, list[f
 
 
 def export(
-    config: DistillConfig, teacher: LoadedModel, task: DD1Task, state: dict[str, Any], guidance: Guidance, pipeline: LogitsPipeline, curves: dict[str, Any], path: Path
+    config: DistillConfig,
+    teacher: LoadedModel,
+    task: DD1Task,
+    state: dict[str, Any],
+    guidance: Guidance,
+    pipeline: LogitsPipeline,
+    curves: dict[str, Any],
+    path: Path,
 ) -> None:
     """Write the student's bundle: self-contained unless the teacher's tokenizer is an embedded one, which is referred to."""
     spec = teacher.source.tokenizer
     embedded = "bundle" in spec
     save_bundle(
-        path, family=teacher.source.family.name, kind="student", config=teacher.source.config, model=task.trained.state_dict(),
-        tokenizer=spec if embedded else {"config": _jsonable_config(teacher.tokenizer.config)}, tokenizer_weights=None if embedded else teacher.tokenizer.state_dict(),
-        method=config.method, teacher=teacher.source.name, known=list(config.objective.known), code_dim=task.codebook.shape[1],
-        dataset=teacher.source.card.get("dataset"), classes=teacher.source.card.get("classes"),
-        sampling={"cfg": guidance.scale, "temperature": pipeline.temperature, "top_k": pipeline.top_k, "top_p": pipeline.top_p, "top_h": pipeline.top_h},
+        path,
+        family=teacher.source.family.name,
+        kind="student",
+        config=teacher.source.config,
+        model=task.trained.state_dict(),
+        tokenizer=spec if embedded else {"config": _jsonable_config(teacher.tokenizer.config)},
+        tokenizer_weights=None if embedded else teacher.tokenizer.state_dict(),
+        method=config.method,
+        teacher=teacher.source.name,
+        known=list(config.objective.known),
+        code_dim=task.codebook.shape[1],
+        dataset=teacher.source.card.get("dataset"),
+        classes=teacher.source.card.get("classes"),
+        sampling={
+            "cfg": guidance.scale,
+            "temperature": pipeline.temperature,
+            "top_k": pipeline.top_k,
+            "top_p": pipeline.top_p,
+            "top_h": pipeline.top_h,
+        },
         parents=[{"model": teacher.source.name, "sha256": teacher.sha256}],
-        training={"steps": state["step"], "minutes": round(state["elapsed_s"] / 60, 1), "trajectories": config.trajectories.num, "final": state["history"][-1] if state["history"] else None},
+        training={
+            "steps": state["step"],
+            "minutes": round(state["elapsed_s"] / 60, 1),
+            "trajectories": config.trajectories.num,
+            "final": state["history"][-1] if state["history"] else None,
+        },
         curves=curves,
-    )  # fmt: skip
+    )
 
 
 def _jsonable_config(config: Any) -> dict[str, Any]:

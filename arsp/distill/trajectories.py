@@ -42,8 +42,20 @@ class TrajectoryRule:
     def fingerprint(self, teacher_sha256: str, codebook_VE: Tensor) -> dict[str, str]:
         """Metadata strings; two shards belong together only if they are equal."""
         book = hashlib.sha256(codebook_VE.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
-        rule = {"cfg": self.cfg, "cfg_interval": self.cfg_interval, "pipeline": asdict(self.pipeline), "flow": asdict(self.flow), "order": "raster"}
-        return {"teacher_sha256": teacher_sha256, "codebook_sha256": book, "seed": str(self.seed), "num_classes": str(self.num_classes), "rule": json.dumps(rule, sort_keys=True)}  # fmt: skip
+        rule = {
+            "cfg": self.cfg,
+            "cfg_interval": self.cfg_interval,
+            "pipeline": asdict(self.pipeline),
+            "flow": asdict(self.flow),
+            "order": "raster",
+        }
+        return {
+            "teacher_sha256": teacher_sha256,
+            "codebook_sha256": book,
+            "seed": str(self.seed),
+            "num_classes": str(self.num_classes),
+            "rule": json.dumps(rule, sort_keys=True),
+        }
 
 
 def shard_request(rule: TrajectoryRule, first: int, count: int, device: torch.device | str = "cpu") -> Request:
@@ -53,9 +65,17 @@ def shard_request(rule: TrajectoryRule, first: int, count: int, device: torch.de
 
 
 def generate_shards(
-    folder: Path, decoder: Decoder, codebook_VE: Tensor, rule: TrajectoryRule, *, teacher_sha256: str, num: int, shard_size: int = 2048,
-    batch_size: int = 512, progress: Callable[[int], None] = lambda n: None,
-) -> list[Path]:  # fmt: skip
+    folder: Path,
+    decoder: Decoder,
+    codebook_VE: Tensor,
+    rule: TrajectoryRule,
+    *,
+    teacher_sha256: str,
+    num: int,
+    shard_size: int = 2048,
+    batch_size: int = 512,
+    progress: Callable[[int], None] = lambda n: None,
+) -> list[Path]:
     """Write the missing shards of samples ``0 .. num`` under ``folder`` and return all of them in order.
 
     Raises InputError when the folder holds damaged shards or some of another teacher or rule, Interrupted between batches when
@@ -78,14 +98,21 @@ def generate_shards(
             check_stop()
             request = shard_request(rule, start, min(batch_size, first + count - start), codebook_VE.device)
             noise = request_noise(request, decoder.layout.num_tokens, codebook_VE.shape[1]).to(codebook_VE)
-            result = sample_through_map(decoder, request, lambda positions, noise=noise: noise[:, positions], rule.pipeline, codebook_VE, rule.flow)
+            result = sample_through_map(
+                decoder, request, lambda positions, noise=noise: noise[:, positions], rule.pipeline, codebook_VE, rule.flow
+            )
             tokens.append(result.codes_BL.cpu())
             labels.append(request.labels_B.cpu())
             progress(request.batch_size)
         small = torch.int16 if codebook_VE.shape[0] <= 1 << 15 else torch.int32
         check = request_noise(shard_request(rule, first, 1), decoder.layout.num_tokens, codebook_VE.shape[1]).flatten()[:64]
         with atomic_file(path) as temporary:
-            tensors = {"tokens": torch.cat(tokens).to(small), "labels": torch.cat(labels).to(torch.int16), "sample_ids": torch.arange(first, first + count), "noise_check": check.contiguous()}  # fmt: skip
+            tensors = {
+                "tokens": torch.cat(tokens).to(small),
+                "labels": torch.cat(labels).to(torch.int16),
+                "sample_ids": torch.arange(first, first + count),
+                "noise_check": check.contiguous(),
+            }
             save_file(tensors, temporary, metadata={**meta, "content_sha256": _content_hash(tensors)})
     return list(paths.values())
 
@@ -162,7 +189,9 @@ def _check_meta(path: Path, expected: dict[str, str]) -> None:
         raise InputError(f"trajectory shard {path} cannot be read: {error}", f"Delete {path} and run the same command again.") from error
     for key, value in expected.items():
         if found.get(key) != value:
-            raise InputError(f"{path} was made with another {key} ({found.get(key)} instead of {value}).", "Choose another --out, or delete the shards.")
+            raise InputError(
+                f"{path} was made with another {key} ({found.get(key)} instead of {value}).", "Choose another --out, or delete the shards."
+            )
 
 
 def minibatches(total: int, batch_size: int) -> Iterator[Tensor]:

@@ -24,7 +24,9 @@ class Linear(nn.Linear):
 class KVCache:
     """Keys (after rotation) and values of all layers, ``(B, H, capacity, D)`` each; allocated once, read up to the valid length."""
 
-    def __init__(self, num_layers: int, batch: int, num_heads: int, capacity: int, head_dim: int, *, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, num_layers: int, batch: int, num_heads: int, capacity: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
+    ):
         shape = (num_layers, batch, num_heads, capacity, head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 

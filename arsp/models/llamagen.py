@@ -48,7 +48,8 @@ class GPTConfig:
             f"head width {self.dim // self.n_head} is not a multiple of 4 (2-D rotary embedding)": (self.dim // self.n_head) % 4,
             f"block_size {self.block_size} is not a perfect square": side * side != self.block_size,
             f"model_type '{self.model_type}' is neither 'c2i' nor 't2i'": self.model_type not in ("c2i", "t2i"),
-            f"a class-conditional model has one prefix token, not {self.cls_token_num}": self.model_type == "c2i" and self.cls_token_num != 1,
+            f"a class-conditional model has one prefix token, not {self.cls_token_num}": self.model_type == "c2i"
+            and self.cls_token_num != 1,
         }
         for problem, present in problems.items():
             if present:

@@ -14,7 +14,7 @@ def assert_close(got: Tensor, expected: Tensor, *, abs_tol: float, rel_tol: floa
     excess = difference - (abs_tol + rel_tol * expected.double().abs())
     worst = int(excess.argmax())
     assert excess.max() <= 0, (
-        f"{what}: max |difference| {float(difference.max()):.3g}, mean {float(difference.mean()):.3g}, allowed {abs_tol:.3g} + {rel_tol:.3g} |x|; "
+        f"{what}: max error {float(difference.max()):.3g}, mean {float(difference.mean()):.3g}, allowed {abs_tol:.3g} + {rel_tol:.3g} |x|; "
         f"worst at {worst}: {float(got.flatten()[worst]):.6g} instead of {float(expected.flatten()[worst]):.6g}"
     )
 

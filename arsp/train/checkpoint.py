@@ -15,7 +15,9 @@ from arsp.errors import InputError
 from arsp.runs import atomic_dir, sha256_file, write_json
 
 
-def save(folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None, state: dict[str, Any], *, keep: int) -> Path:
+def save(
+    folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None, state: dict[str, Any], *, keep: int
+) -> Path:
     """Write ``folder/{step:08d}`` atomically and delete all but the newest ``keep``; an existing one of this step is kept."""
     target = folder / f"{state['step']:08d}"
     if not target.exists():
@@ -33,7 +35,9 @@ def save(folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer, averag
     return target
 
 
-def restore_latest(folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None, state: dict[str, Any]) -> bool:
+def restore_latest(
+    folder: Path, task: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None, state: dict[str, Any]
+) -> bool:
     """Load the newest complete checkpoint into the given objects; False when there is none. InputError when it is damaged."""
     complete = sorted(path.parent for path in folder.glob("[0-9]*/state.json"))
     if not complete:

@@ -88,7 +88,9 @@ def fit(
         if step and (done or step % config.eval_every == 0) and (not state["history"] or state["history"][-1]["step"] != step):
             state["elapsed_s"] += time.monotonic() - clock
             figures = _evaluate(task, average) | {k: v / state["summed"] for k, v in state["sums"].items()}
-            state["history"].append({"step": step, "minutes": round(state["elapsed_s"] / 60, 3), **{k: round(float(v), 6) for k, v in figures.items()}})
+            state["history"].append(
+                {"step": step, "minutes": round(state["elapsed_s"] / 60, 3), **{k: round(float(v), 6) for k, v in figures.items()}}
+            )
             log(f"step {step}/{config.steps}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
             clock, state["sums"], state["summed"] = time.monotonic(), {}, 0
         if done or interrupted or (step and step % config.checkpoint_every == 0):
@@ -139,7 +141,7 @@ def _update(task: Task, optimizer: torch.optim.Optimizer, config: OptimConfig, s
     norm = nn.utils.clip_grad_norm_(task.trained.parameters(), config.clip)
     if not (torch.isfinite(losses["loss"]) and torch.isfinite(norm)):
         raise NumericalError(
-            f"step {step}: loss {float(losses['loss'].detach()):.4g}, gradient norm {float(norm):.4g}: training diverged before this update.",
+            f"step {step}: loss {float(losses['loss'].detach()):.4g}, gradient norm {float(norm):.4g}: diverged before this update.",
             "Lower optim.lr, or set optim.autocast=off; the last checkpoint is kept.",
         )
     optimizer.step()

@@ -59,7 +59,7 @@ class TokenizerTraining(StrictModel):
 class SamplingSection(StrictModel):
     """The rule that the card of a teacher recommends."""
 
-    cfg: float = Field(1.5, ge=0)
+    cfg: float = Field(1.25, ge=0)
     temperature: float = Field(1.0, ge=0)
     top_k: int = Field(0, ge=0)
     top_p: float = Field(0.95, ge=0, le=1)
@@ -72,7 +72,9 @@ class TeacherTraining(StrictModel):
     data: str = "shapes32-coarse"
     tokenizer: str = "shapes-vq16"
     gpt: GPTSection = GPTSection()
-    optim: OptimConfig = OptimConfig(steps=4000, batch_size=128, lr=1.5e-3, warmup=150, schedule="cosine", eval_every=200, checkpoint_every=500)
+    optim: OptimConfig = OptimConfig(
+        steps=4000, batch_size=128, lr=1.5e-3, warmup=150, schedule="cosine", eval_every=200, checkpoint_every=500
+    )
     sampling: SamplingSection = Field(SamplingSection(), description="rule written into the card")
 
 
@@ -80,7 +82,9 @@ class FeatureTraining(StrictModel):
     """Configuration of ``arsp train features`` (the packaged network is frozen: it defines the metric's name)."""
 
     data: str = "shapes32"
-    optim: OptimConfig = OptimConfig(steps=700, batch_size=128, lr=4e-3, warmup=150, schedule="cosine", final_lr=0.0, weight_decay=1e-4, eval_every=100)
+    optim: OptimConfig = OptimConfig(
+        steps=700, batch_size=128, lr=4e-3, warmup=150, schedule="cosine", final_lr=0.0, weight_decay=1e-4, eval_every=100
+    )
 
 
 SCHEMAS: dict[str, type[StrictModel]] = {"tokenizer": TokenizerTraining, "teacher": TeacherTraining, "features": FeatureTraining}
@@ -104,7 +108,9 @@ def _tokenizer(config: TokenizerTraining, directory: Path, stage: Callable, log:
     side = images.shape[-1]
     vq = VQConfig(**config.vq.model_dump(), image_size=side)
     if images.shape[-2] != side or side % vq.downsample:
-        raise ConfigError(f"images of {images.shape[-1]}x{images.shape[-2]} px: expected squares divisible by {vq.downsample} (vq.ch_mult).")
+        raise ConfigError(
+            f"images of {images.shape[-1]}x{images.shape[-2]} px: expected squares divisible by {vq.downsample} (vq.ch_mult)."
+        )
     held_out = images[torch.linspace(0, len(images) - 1, min(1000, len(images))).long()]
     task = TokenizerTask(vq, images, held_out, seed=config.optim.seed, total_steps=config.optim.steps)
     return Job(task, lambda path, state: _bundle(path, "tokenizer", _plain(vq), task, state, config.data))
@@ -130,9 +136,18 @@ def _teacher(config: TeacherTraining, directory: Path, stage: Callable, log: Cal
         raise InputError(f"{cache} cannot be read: {error}", f"Delete {cache} and run the same command again.") from error
     drop = config.gpt.dropout
     gpt = GPTConfig(
-        dim=config.gpt.dim, n_layer=config.gpt.n_layer, n_head=config.gpt.n_head, multiple_of=config.gpt.multiple_of, vocab_size=tokenizer.config.codebook_size,
-        block_size=codes.shape[1], num_classes=len(names), class_dropout_prob=config.gpt.class_dropout_prob, token_dropout_p=drop, resid_dropout_p=drop, ffn_dropout_p=drop,
-    )  # fmt: skip
+        dim=config.gpt.dim,
+        n_layer=config.gpt.n_layer,
+        n_head=config.gpt.n_head,
+        multiple_of=config.gpt.multiple_of,
+        vocab_size=tokenizer.config.codebook_size,
+        block_size=codes.shape[1],
+        num_classes=len(names),
+        class_dropout_prob=config.gpt.class_dropout_prob,
+        token_dropout_p=drop,
+        resid_dropout_p=drop,
+        ffn_dropout_p=drop,
+    )
     rows = torch.linspace(0, len(codes) - 1, min(1000, len(codes))).long()
     task = TeacherTask(gpt, codes, labels, (codes[rows], labels[rows]), seed=config.optim.seed)
     embedded = resolve_tokenizer(config.tokenizer).origin == "embedded"
@@ -156,7 +171,9 @@ def _features(config: FeatureTraining, directory: Path, stage: Callable, log: Ca
 def _bundle(path: Path, kind: str, config: dict[str, Any], task: Task, state: dict[str, Any], data: str, **more: Any) -> Path:
     last = state["history"][-1] if state["history"] else None
     training = {"steps": state["step"], "minutes": round(state["elapsed_s"] / 60, 1), "final": last}
-    return save_bundle(path, family="llamagen", kind=kind, config=config, model=task.trained.state_dict(), dataset=data, training=training, **more)
+    return save_bundle(
+        path, family="llamagen", kind=kind, config=config, model=task.trained.state_dict(), dataset=data, training=training, **more
+    )
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -87,11 +87,17 @@ class TokenizerTask(Task):
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         parts = [to_pixels(part).to(self.usage.device) for part in self.held_out.split(256)]
         codes = [module.encode(part) for part in parts]
-        errors = torch.cat([(module.decode_codes(c) - p).clamp(-2, 2).square().flatten(1).mean(1) for c, p in zip(codes, parts, strict=True)])
+        errors = torch.cat(
+            [(module.decode_codes(c) - p).clamp(-2, 2).square().flatten(1).mean(1) for c, p in zip(codes, parts, strict=True)]
+        )
         share = torch.bincount(torch.cat(codes).flatten(), minlength=len(self.usage)).float()
         share = share / share.sum()
         perplexity = torch.exp(-(share * share.clamp_min(1e-12).log()).sum())
-        return {"psnr_db": float(10 * torch.log10(4 / errors).mean()), "codes_used": float((share > 0).sum()), "perplexity": float(perplexity)}
+        return {
+            "psnr_db": float(10 * torch.log10(4 / errors).mean()),
+            "codes_used": float((share > 0).sum()),
+            "perplexity": float(perplexity),
+        }
 
 
 class TeacherTask(Task):

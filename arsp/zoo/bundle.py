@@ -31,7 +31,10 @@ def save_bundle(
         if tokenizer_weights is not None:
             save_file(_cast(tokenizer_weights, dtype), temporary / "tokenizer.safetensors")
         files = {file.name: sha256_file(file) for file in sorted(temporary.glob("*.safetensors"))}
-        write_json(temporary / MANIFEST, {"schema": SCHEMA, "family": family, "kind": kind, "config": config, "tokenizer": tokenizer, **more, "sha256": files})
+        write_json(
+            temporary / MANIFEST,
+            {"schema": SCHEMA, "family": family, "kind": kind, "config": config, "tokenizer": tokenizer, **more, "sha256": files},
+        )
     return path
 
 
@@ -39,7 +42,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a bundle directory. InputError when it is missing, not JSON, or of a newer schema."""
     file = path / MANIFEST
     if not file.is_file():
-        raise InputError(f"{path} is not a bundle: it has no {MANIFEST}.", "Give a bundle made by arsp train or arsp distill, or a name from: arsp models ls")
+        raise InputError(
+            f"{path} is not a bundle: it has no {MANIFEST}.",
+            "Give a bundle made by arsp train or arsp distill, or a name from: arsp models ls",
+        )
     try:
         manifest = json.loads(file.read_text())
         if manifest["schema"] > SCHEMA:
@@ -76,10 +82,20 @@ def load_into(module: nn.Module, weights: dict[str, Tensor], where: str) -> nn.M
     """Strict loading with one readable message: which keys are missing, unexpected, or of another shape."""
     own = module.state_dict()
     missing, foreign = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [f"{k}: {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}" for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
-    problems = [f"{label} {len(keys)} ({', '.join(keys[:3])})" for label, keys in (("missing", missing), ("unexpected", foreign), ("wrong shape", shapes)) if keys]
+    shapes = [
+        f"{k}: {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own.keys() & weights.keys()
+        if own[k].shape != weights[k].shape
+    ]
+    problems = [
+        f"{label} {len(keys)} ({', '.join(keys[:3])})"
+        for label, keys in (("missing", missing), ("unexpected", foreign), ("wrong shape", shapes))
+        if keys
+    ]
     if problems:
-        raise InputError(f"{where}: the weights do not fit the model: {'; '.join(problems)}.", "Is it another size or family? See: arsp models ls")
+        raise InputError(
+            f"{where}: the weights do not fit the model: {'; '.join(problems)}.", "Is it another size or family? See: arsp models ls"
+        )
     bad = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise InputError(f"{where}: {bad[0]} holds NaN or infinite values.")

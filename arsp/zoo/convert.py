@@ -39,7 +39,9 @@ def read_tensors(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is not a plain weights file: {reason}", "Only tensors, containers and argparse.Namespace are read.") from error
+        raise InputError(
+            f"{path} is not a plain weights file: {reason}", "Only tensors, containers and argparse.Namespace are read."
+        ) from error
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} cannot be read as a checkpoint: {reason}", "Download it again; it may be truncated.") from error

@@ -109,14 +109,19 @@ def resolve(name: str, *, tokenizer: str | None = None) -> ModelSource:
 
 
 def load_model(
-    name: str | ModelSource, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, tokenizer: str | None = None,
-    random_weights: bool = False, with_tokenizer: bool = True,
-) -> LoadedModel:  # fmt: skip
+    name: str | ModelSource,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    tokenizer: str | None = None,
+    random_weights: bool = False,
+    with_tokenizer: bool = True,
+) -> LoadedModel:
     """Build and fill a model. ``random_weights`` needs no file (for cost measurements; images are noise)."""
     source = resolve(name, tokenizer=tokenizer) if isinstance(name, str) else name
     if source.kind not in ("teacher", "student"):
         raise ConfigError(f"{source.name} is of kind '{source.kind}', it generates nothing.", "See: arsp models ls")
-    family, digest = source.family, None
+    digest = None
     vq = _load_tokenizer(source, random_weights) if with_tokenizer else None
     if random_weights:
         module = _random(source)
@@ -125,12 +130,17 @@ def load_model(
         with torch.device("meta"):
             module = _build(source)
         module.to_empty(device="cpu")
-        bundle.load_into(module, {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}, f"{source.name} ({source.path})")
+        bundle.load_into(
+            module, {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}, f"{source.name} ({source.path})"
+        )
         module = module.to(dtype)
     if vq is not None:
         vq = vq.to(device).eval().requires_grad_(False)
     if vq is not None and source.config["vocab_size"] != vq.codebook_VE.shape[0]:
-        raise ConfigError(f"{source.name} predicts {source.config['vocab_size']} codes, its tokenizer has {vq.codebook_VE.shape[0]}.", "Give the tokenizer it was trained with.")
+        raise ConfigError(
+            f"{source.name} predicts {source.config['vocab_size']} codes, its tokenizer has {vq.codebook_VE.shape[0]}.",
+            "Give the tokenizer it was trained with.",
+        )
     if vq is not None and source.kind == "student" and source.card["code_dim"] != vq.codebook_VE.shape[1]:
         raise ConfigError(
             f"{source.name} works on {source.card['code_dim']}-vectors, its tokenizer on {vq.codebook_VE.shape[1]}-vectors.",
@@ -184,7 +194,10 @@ def _from_card(name: str, card: dict[str, Any], tokenizer: str | None) -> ModelS
         return _from_bundle(TINY / card["bundle"], name, card, "embedded", tokenizer)
     family: Family = FAMILIES.get(card["family"])
     config = family.complete({**family.variants[card["variant"]], **card["config"]})
-    vq = {"config": {**family.tokenizers[card["tokenizer"]], "image_size": card["image_size"]}, "file": tokenizer or _cached(card, "tokenizer")}
+    vq = {
+        "config": {**family.tokenizers[card["tokenizer"]], "image_size": card["image_size"]},
+        "file": tokenizer or _cached(card, "tokenizer"),
+    }
     return ModelSource(name, family, card["kind"], config, card, _cached(card, "model"), "official", vq)
 
 
@@ -205,7 +218,10 @@ def _from_file(path: Path, tokenizer: str | None) -> ModelSource:
     family: Family = FAMILIES.get("llamagen")
     _, config = family.read_official(path)
     if "block_size" not in config:
-        raise InputError(f"{path}: the resolution is not in the file; its name should say 256, 384 or 512.", "Rename it like the released files, e.g. c2i_B_256.pt")
+        raise InputError(
+            f"{path}: the resolution is not in the file; its name should say 256, 384 or 512.",
+            "Rename it like the released files, e.g. c2i_B_256.pt",
+        )
     kind = "student" if "code_dim" in config else "teacher"
     if kind == "student":
         more = {"code_dim": config["code_dim"], "known": [0, config["block_size"] * 5 // 16]}  # (0, 80) of the released 256
@@ -234,7 +250,7 @@ def _how_to_get(source: ModelSource) -> str:
     if not files:
         return "No checkpoint of it was ever released; arsp bench --random-weights measures its cost."
     folder = cache_root() / "checkpoints"
-    return f"Put {files['model']} and {files['tokenizer']} of huggingface.co/{files['repo']} into {folder}, or give the file's path as --model."
+    return f"Put {files['model']} and {files['tokenizer']} of huggingface.co/{files['repo']} into {folder}, or give the file as --model."
 
 
 def _build(source: ModelSource) -> nn.Module:
@@ -273,11 +289,15 @@ def _load_tokenizer(source: ModelSource, random_weights: bool) -> nn.Module | No
     if spec.get("file"):
         weights, config = source.family.read_official_tokenizer(Path(spec["file"]))
         side = round(source.config["block_size"] ** 0.5)
-        return _fill_tokenizer(source.family, {**config, "image_size": side * 2 ** (len(config["ch_mult"]) - 1)}, weights, str(spec["file"]))
+        return _fill_tokenizer(
+            source.family, {**config, "image_size": side * 2 ** (len(config["ch_mult"]) - 1)}, weights, str(spec["file"])
+        )
     if source.origin == "official" and not random_weights:
         raise InputError(f"the tokenizer of {source.name} is not on this machine.", _how_to_get(source))
     return None
 
 
 def _fill_tokenizer(family: Family, config: dict[str, Any], weights: dict[str, torch.Tensor], where: str) -> nn.Module:
-    return bundle.load_into(family.build_tokenizer(config).float(), {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, where).eval()
+    return bundle.load_into(
+        family.build_tokenizer(config).float(), {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, where
+    ).eval()

@@ -20,9 +20,17 @@ from arsp.zoo import bundle, convert
 from arsp.zoo.load import load_model, resolve
 
 SMALL = [
-    "trajectories.num=40", "trajectories.held_out=8", "trajectories.shard_size=16", "trajectories.batch_size=8", "trajectories.solver_steps=8",
-    "optim.batch_size=8", "optim.warmup=2", "optim.eval_every=3", "optim.checkpoint_every=4", "optim.steps=9",
-]  # fmt: skip
+    "trajectories.num=40",
+    "trajectories.held_out=8",
+    "trajectories.shard_size=16",
+    "trajectories.batch_size=8",
+    "trajectories.solver_steps=8",
+    "optim.batch_size=8",
+    "optim.warmup=2",
+    "optim.eval_every=3",
+    "optim.checkpoint_every=4",
+    "optim.steps=9",
+]
 
 
 @pytest.fixture(autouse=True)

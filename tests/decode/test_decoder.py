@@ -104,7 +104,9 @@ def test_cache_bytes_are_those_of_the_valid_length(gpt):
 def test_image_i_depends_on_seed_and_i_only(gpt, batch):
     decoder = RasterDecoder(gpt, Guidance(2.0))
     whole = sample_ar(decoder, request(10), pipeline=LogitsPipeline(top_k=20)).codes_BL
-    parts = [sample_ar(decoder, request(10).rows(slice(i, i + batch)), pipeline=LogitsPipeline(top_k=20)).codes_BL for i in range(0, 10, batch)]
+    parts = [
+        sample_ar(decoder, request(10).rows(slice(i, i + batch)), pipeline=LogitsPipeline(top_k=20)).codes_BL for i in range(0, 10, batch)
+    ]
     assert_same(torch.cat(parts), whole, f"codes in batches of {batch}")
     other = sample_ar(decoder, Request(torch.arange(10), 6, labels_B=torch.arange(10) % 5), pipeline=LogitsPipeline(top_k=20)).codes_BL
     assert bool((other != whole).any(1).all()), "another seed gives other images"
@@ -126,7 +128,9 @@ def test_a_model_without_null_class_cannot_be_guided():
         RasterDecoder(model, Guidance(2.0))
 
 
-@pytest.mark.parametrize("bad", [dict(dim=30, n_head=4), dict(dim=24, n_head=4), dict(block_size=15), dict(model_type="x2i"), dict(cls_token_num=2)])
+@pytest.mark.parametrize(
+    "bad", [dict(dim=30, n_head=4), dict(dim=24, n_head=4), dict(block_size=15), dict(model_type="x2i"), dict(cls_token_num=2)]
+)
 def test_impossible_sizes_are_refused(bad):
     with pytest.raises(ConfigError):
         GPTConfig(**bad)

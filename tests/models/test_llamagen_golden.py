@@ -84,7 +84,9 @@ def test_cached_guided_logits_at_every_step_and_the_cache_itself(case):
     steps = [decoder.step(state, None)] + [decoder.step(state, tokens[:, i : i + 1]) for i in range(tokens.shape[1] - 1)]
     scale = {"abs_tol": 3 * tolerances(case)["abs_tol"] * case.meta["cfg_scale"], "rel_tol": tolerances(case)["rel_tol"]}
     assert_close(torch.cat(steps, 1).transpose(0, 1), io["kv.cfg_logits"], **scale, what="guided logits")
-    assert_close(decoder.teacher_forced(request, tokens).transpose(0, 1), io["kv.cfg_logits"], **scale, what="guided logits without a cache")
+    assert_close(
+        decoder.teacher_forced(request, tokens).transpose(0, 1), io["kv.cfg_logits"], **scale, what="guided logits without a cache"
+    )
     kept, rows = state.cache.capacity, io["kv.k_cache.0"].shape[0]
     assert_close(state.cache.k[0, :rows], io["kv.k_cache.0"][:, :, :kept], abs_tol=5e-5, what="layer-0 keys")
     if "kv.v_cache.0" in io:

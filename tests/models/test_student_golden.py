@@ -66,7 +66,9 @@ def test_one_and_two_step_samples(case, name):
     result = generator_of(case, known, split).from_noise(case.io["in.labels"], case.io["in.noise"])
     expected = case.io[f"out.sample.{name}"]
     assert_close(result.embeddings_BLE, expected, abs_tol=tol, what=f"{name}-step sample")
-    assert_same(nearest_codes(result.embeddings_BLE[:, :split], case.io["in.codebook"]), nearest_codes(expected[:, :split], case.io["in.codebook"]))
+    assert_same(
+        nearest_codes(result.embeddings_BLE[:, :split], case.io["in.codebook"]), nearest_codes(expected[:, :split], case.io["in.codebook"])
+    )
     assert result.stats["passes"] == len(known)
 
 

@@ -45,5 +45,7 @@ def test_decoder_pixels_uint8_and_evaluation_resize(case):
     assert_close(recon, io["dec.recon"], abs_tol=tol, what="reconstruction")
     for name, value in (("dec.uint8", pixels), ("dec.resized_uint8", resize_for_evaluation(pixels, io["dec.resized"].shape[-1]))):
         difference = (to_uint8(value).permute(0, 2, 3, 1).int() - io[name].int()).abs()
-        assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3, f"{name}: {int((difference > 0).sum())} of {difference.numel()} differ"
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3, (
+            f"{name}: {int((difference > 0).sum())} of {difference.numel()} differ"
+        )
     assert_close(resize_for_evaluation(pixels, io["dec.resized"].shape[-1]), io["dec.resized"], abs_tol=tol, what="resized pixels")
