@@ -81,14 +81,18 @@ def _remove_temporaries(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same directory; it becomes ``path`` (flushed to disk) on success and vanishes on any error."""
+def atomic_file(path: str | Path, *, flush: bool = True) -> Iterator[Path]:
+    """Yield a temporary path in the same directory; it becomes ``path`` on success and vanishes on any error.
+
+    ``flush``: force it to disk first (not worth its time for thousands of pictures that can be made again).
+    """
     path = Path(path)
     temporary = _temporary(path)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if flush:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -263,13 +263,14 @@ def _baseline(
     if kind == "skip":
         return SkipGenerator(decoder, pipeline, model.codebook_VE, skip)
     num_classes = model.source.config["num_classes"]
-    num = 500 * num_classes
+    num = num_classes * max(50, 5000 // num_classes)
     rule = f"{model.sha256}-{decoder.guidance}-{pipeline}-{num}"
     cache = cache_root() / "frequencies" / f"{_digest(rule)}.safetensors"
     if not cache.is_file():
         log(f"counting the teacher's codes over {num} samples (kept in {cache})")
     try:
-        table = class_frequencies(ar, decoder.layout, num_classes, decoder.vocab_size, num=num, seed=1_000_003, cache=cache)
+        device = decoder.model.output.weight.device
+        table = class_frequencies(ar, decoder.layout, num_classes, decoder.vocab_size, num=num, seed=1_000_003, cache=cache, device=device)
     except SafetensorError as error:
         raise InputError(f"the stored code frequencies {cache} cannot be read: {error}", f"Delete {cache} to count them again.") from error
     return MarginalGenerator(table, mode=kind == "mode")

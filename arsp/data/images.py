@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import os
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from arsp.errors import InputError, ResourceError
+from arsp.runs import atomic_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "F")  # more than 8 bits a channel: converting would clip silently
@@ -114,29 +110,10 @@ def _check_u8(images_N3HW: Tensor) -> None:
         raise ValueError(f"images: expected uint8 (N, 3, H, W), got {images_N3HW.dtype} {tuple(images_N3HW.shape)}")
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes ``path`` when the block ends well and vanishes otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def save_png(pixels_HW3: np.ndarray | Tensor, path: str | Path) -> Path:
     """Write one uint8 ``(H, W, 3)`` picture atomically."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels_HW3)).save(buffer, format="PNG")
-    with _replacing(Path(path)) as file:
-        file.write(buffer.getvalue())
+    with atomic_file(path, flush=False) as temporary:
+        Image.fromarray(np.ascontiguousarray(pixels_HW3)).save(temporary, format="PNG")
     return Path(path)
 
 
@@ -154,7 +131,7 @@ def save_npz(images_N3HW: Tensor, path: str | Path, labels: Sequence[int] | None
     arrays = {"arr_0": np.ascontiguousarray(images_N3HW.cpu().permute(0, 2, 3, 1).numpy())}
     if labels is not None:
         arrays["arr_1"] = np.asarray(labels, dtype=np.int64)
-    with _replacing(Path(path)) as file:
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
     return Path(path)
 

@@ -19,7 +19,7 @@ from arsp.decode.ar import decode_blocks, keyed_choice
 from arsp.decode.filters import LogitsPipeline
 from arsp.errors import ConfigError
 from arsp.protocols import Capabilities, Decoder, Generation, Generator, Layout, Request
-from arsp.runs import atomic_file
+from arsp.runs import atomic_file, check_stop
 
 NAMES = ("naive", "mode", "skip-N")
 
@@ -43,19 +43,19 @@ def class_frequencies(
     num: int,
     seed: int,
     cache: Path,
-    progress: Callable[[int], None] = lambda n: None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Empirical code frequencies ``(num_classes, L, V)`` over ``num`` samples of the teacher, kept in ``cache``."""
+    """Empirical code frequencies ``(num_classes, L, V)`` over ``num`` samples of the teacher on ``device``, kept in ``cache``."""
     if cache.is_file():
         return load_file(cache)["frequencies"]
     counts = torch.zeros(num_classes, layout.num_tokens, vocab_size)
     per_class = max(1, num // num_classes)
     for label in range(num_classes):
         ids = torch.arange(label * per_class, (label + 1) * per_class)
-        for part in ids.split(512):
+        for part in ids.to(device).split(512):
+            check_stop()
             codes = generator.generate(Request(part, seed, labels_B=torch.full_like(part, label))).codes_BL
             counts[label].scatter_add_(1, codes.T.cpu(), torch.ones(codes.T.shape))
-            progress(len(part))
     cache.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(cache) as temporary:
         save_file({"frequencies": counts / per_class}, temporary)
@@ -70,9 +70,9 @@ class MarginalGenerator:
         self.capabilities = Capabilities(order="raster", codebook=True, teacher=False)
 
     def generate(self, request: Request, callback: Callable[[int], None] | None = None) -> Generation:
-        p_BLV = self.frequencies[request.labels_B.cpu()]
+        p_BLV = self.frequencies.to(request.labels_B.device)[request.labels_B]
         L = p_BLV.shape[1]
-        codes = p_BLV.argmax(-1) if self.mode else keyed_choice(request)(p_BLV.log(), torch.arange(L))
+        codes = p_BLV.argmax(-1) if self.mode else keyed_choice(request)(p_BLV.log(), torch.arange(L, device=p_BLV.device))
         if callback:
             callback(L)
         return Generation(codes, stats={"passes": 1, "tokens_per_pass": L})
