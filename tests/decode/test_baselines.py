@@ -81,9 +81,9 @@ def test_every_sample_of_the_count_has_its_own_id(tmp_path):
 
 
 def test_counted_frequencies_are_kept_and_used_again(tmp_path):
-    cache, progress = tmp_path / "deep" / "f.safetensors", []
-    first = count(ByClass(), cache, progress=progress.append)
-    assert cache.is_file() and sum(progress) == 300
+    cache = tmp_path / "deep" / "f.safetensors"
+    first = count(ByClass(), cache)
+    assert cache.is_file()
     unused = ByClass()
     assert torch.equal(count(unused, cache), first) and not unused.seen, "the teacher was sampled again"
     assert [p.name for p in cache.parent.iterdir()] == ["f.safetensors"], "temporary files are left behind"
