@@ -51,7 +51,6 @@ SHARED: dict[str, Any] = {
     "seed": _option(Optional[int], "--seed", "Image i depends on (seed, i) only (default: 0)"),
     "threads": _option(Optional[int], "--threads", "CPU threads (default: as torch chooses)"),
     "kernels": _option(Optional[str], "--kernels", f"Back end of the custom operators: {', '.join(KERNELS)} (default: auto)"),
-    "compile": _option(Optional[bool], "--compile/--no-compile", "Compile the model with torch.compile (default: no)"),
     "config": _option(Optional[list[Path]], "--config -c", "YAML configuration file; may be repeated, later ones win"),
     "out": _option(Optional[Path], "--out -o", "Where the result goes (default: a directory under $ARSP_RUNS or ./runs)"),
     "resume": _option(bool, "--resume/--no-resume", "Continue an unfinished run of the same configuration, or start it over"),
@@ -76,7 +75,6 @@ class CommonOptions:
     seed: int = 0
     threads: int | None = None
     kernels: str = "auto"
-    compile: bool = False
     config: list[Path] = dataclasses.field(default_factory=list)
     out: Path | None = None
     resume: bool = True
@@ -90,7 +88,7 @@ class CommonOptions:
     overrides: list[str] = dataclasses.field(default_factory=list)
 
 
-CONFIGURABLE = ("device", "dtype", "batch_size", "seed", "threads", "kernels", "compile")  # also keys of a schema that has them
+CONFIGURABLE = ("device", "dtype", "batch_size", "seed", "threads", "kernels")  # also keys of a schema that has them
 
 
 # ---------------------------------------------------------------------------------------------------------------- gates

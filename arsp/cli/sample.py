@@ -70,6 +70,7 @@ class SampleConfig(StrictModel):
         "arsp sample --model llamagen-dd1 --student-steps 2 --num 5000 --out samples.npz --json",
         "arsp sample --model llamagen --baseline mode --num 8",
     ],
+    shared=("device", "dtype", "batch_size", "seed", "threads", "kernels", "config", "out", "resume", "fail_if", "print_config"),
     schema=SampleConfig,
 )
 def sample(
