@@ -130,7 +130,7 @@ def test_configuration_for_a_command_that_has_none_is_refused(args: list[str]):
 
 def test_the_shared_options_are_these_and_adding_one_is_a_decision():
     assert " ".join(SHARED) == (
-        "device dtype batch_size seed threads kernels compile config out resume fail_if print_config dry_run json quiet verbose traceback"
+        "device dtype batch_size seed threads kernels config out resume fail_if print_config dry_run json quiet verbose traceback"
     )
     assert set(SHARED) == set(CommonOptions.__dataclass_fields__) - {"overrides"}
 
