@@ -212,20 +212,20 @@ def build(
         settings = FewStep(step_counts(config.student_steps or 1, source.layout.num_tokens, source.card["known"][1:]), _split(config))
         student = lambda labels_B, x_BLE, known_B: model.module(labels_B, x_BLE.to(dtype), known_B)  # vectors stay float32
         generator: Generator = StudentGenerator(student, model.codebook_VE, source.layout, settings)
-        name = f"{source.name} {config.student_steps or 1}-step"
+        name = f"{source.label} {config.student_steps or 1}-step"
         if config.teacher_range:
             first, stop = parse_teacher_range(config.teacher_range, source.layout.num_tokens)
             generator, name = (
                 TeacherLoopGenerator(generator, teacher.decoder(guidance), pipeline, first, stop),
-                f"{source.name} pre-trained-{config.teacher_range}",
+                f"{source.label} pre-trained-{config.teacher_range}",
             )
     else:
         decoder = model.decoder(guidance)
         ar = SAMPLERS.get(config.sampler)(decoder, pipeline, config.rng)
         generator, name = (
-            (ar, source.name)
+            (ar, source.label)
             if not config.baseline
-            else (_baseline(config, model, decoder, pipeline, ar, log), f"{source.name} {config.baseline}")
+            else (_baseline(config, model, decoder, pipeline, ar, log), f"{source.label} {config.baseline}")
         )
     return Stack(config, name, model, generator, torch.device(device), pipeline, guidance)
 

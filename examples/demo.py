@@ -53,13 +53,13 @@ def main() -> int:
     started, out = time.monotonic(), options.out.resolve()
     environment = {**os.environ, "ARSP_RUNS": str(out / "runs"), "OMP_WAIT_POLICY": "PASSIVE"}
 
-    distil = ["distill", "--teacher", "llamagen", "--out", str(out / "distill")]
+    distil = ["distill", "--teacher", "llamagen", "--out", str(out / "fresh-student")]
     for name in ("steps", "trajectories"):
         if getattr(options, name):
             distil += [f"--{name}", str(getattr(options, name))]
     run(distil, environment)
-    records = [out / "distill"]
-    for name, arguments in stacks(out / "distill").items():
+    records = []
+    for name, arguments in stacks(out / "fresh-student").items():
         classes = [part for label in CLASSES for part in ("--class", label)]
         run(["sample", *arguments, "--num", str(options.num), *classes, "--out", str(out / name)], environment)
         run(["eval", str(out / name), "--metric", "fid,acc", "--out", str(out / f"{name}-eval")], environment)

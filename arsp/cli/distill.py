@@ -94,12 +94,9 @@ def complete(run: Run, config: Any, source: Any, result: Distilled) -> None:
     }
     record["parents"] = [f"{source.name}@{source.origin}"]
     for name, value in result.figures.items():
-        run.add_metric(
-            name,
-            value,
-            n=config.trajectories.held_out if name.startswith("heldout") else config.probe_images,
-            protocol="held-out trajectories" if name.startswith("heldout") else "training curve probe, 1 step",
-            comparable=False,
-        )
+        if name.startswith("heldout"):
+            run.add_metric(name, value, n=config.trajectories.held_out, protocol="held-out trajectories", comparable=False)
+        elif name in ("fid", "class_accuracy"):
+            run.add_metric(name, value, n=config.probe_images, protocol="training curve probe, 1 step", comparable=False)
     record["curves"] = result.curves
     run.add_artifact(result.bundle, "bundle", minutes=round(result.state["elapsed_s"] / 60, 2), steps=result.state["step"])

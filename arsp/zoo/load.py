@@ -39,6 +39,11 @@ class ModelSource:
     tokenizer: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def label(self) -> str:
+        """How tables call it: the name, without the folders of a path."""
+        return Path(self.name).name if self.origin in ("bundle", "file") else self.name
+
+    @property
     def capabilities(self) -> Capabilities:
         condition = "text" if self.config.get("model_type") == "t2i" else "class"
         teacher = self.kind == "teacher"
