@@ -25,3 +25,12 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 def golden_root() -> Path:
     """Folder of recorded official outputs: $ARSP_GOLDEN, else tests/golden."""
     return Path(os.environ.get("ARSP_GOLDEN") or Path(__file__).parent / "golden")
+
+
+@pytest.fixture
+def one_thread():
+    """Bit-exact comparisons hold for a fixed number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

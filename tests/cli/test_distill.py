@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from command_line import invoke, record_of, refused
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from arsp.cli.app import app
 from arsp.distill import pipeline
 from arsp.runs import sha256_file
 from arsp.train import loop
@@ -33,12 +32,7 @@ SMALL = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -49,24 +43,8 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def arsp(*words):
-    return CliRunner().invoke(app, [*map(str, words)])
-
-
 def distill(out, *more, teacher="teacher"):
     return ["distill", "--teacher", teacher, "--out", out, "--json", *SMALL, *more]
-
-
-def record_of(result):
-    assert result.exit_code == 0, f"exit {result.exit_code}: {result.stderr}"
-    return json.loads(result.stdout)
-
-
-def refused(result, code, *words):
-    assert result.exit_code == code, f"exit {result.exit_code}, expected {code}: {result.stderr}"
-    missing = [word for word in words if word not in result.stderr]
-    assert not missing and "Traceback" not in result.stderr, f"{missing} not in: {result.stderr}"
-    assert result.stdout == "" and result.stderr.count("error: ") == 1
 
 
 def digest(out):
@@ -82,7 +60,7 @@ class Dies(Exception):
 
 
 def test_a_student_is_made_evaluated_and_sampled(place):
-    record = record_of(arsp(*distill("fresh")))
+    record = record_of(invoke(*distill("fresh")))
     assert record["status"] == "ok" and record["stack"]["kind"] == "student"
     assert {"heldout_ce", "heldout_accuracy", "heldout_accuracy_t5", "heldout_ce_shuffled_noise"} <= {name for name, _ in figures(record)}
     assert len(record["curves"]["accuracy_by_position"]) == 16
@@ -91,21 +69,21 @@ def test_a_student_is_made_evaluated_and_sampled(place):
     assert manifest["parents"][0]["sha256"] == sha256_file(place / "teacher" / "model.safetensors")
     assert manifest["classes"] == tiny_models.CLASSES
     for steps in (1, 2):
-        sample = record_of(arsp("sample", "--model", "fresh", "--student-steps", steps, "--num", 2, "--class", "cat", "--json", "-q"))
+        sample = record_of(invoke("sample", "--model", "fresh", "--student-steps", steps, "--num", 2, "--class", "cat", "--json", "-q"))
         assert sample["cost"]["passes"] == steps
-    loop_record = record_of(arsp("sample", "--model", "fresh", "--teacher-range", "1-5", "--num", 2, "--json", "-q"))
+    loop_record = record_of(invoke("sample", "--model", "fresh", "--teacher-range", "1-5", "--num", 2, "--json", "-q"))
     assert loop_record["cost"]["passes"] == 5
 
 
 def test_a_student_of_one_step_knows_no_second(place):
-    record_of(arsp(*distill("one", "--student-steps", 1, "optim.steps=1")))
+    record_of(invoke(*distill("one", "--student-steps", 1, "optim.steps=1")))
     assert resolve("one").card["known"] == [0]
-    refused(arsp("sample", "--model", "one", "--student-steps", 2), 3, "student steps")
+    refused(invoke("sample", "--model", "one", "--student-steps", 2), 3, "student steps")
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_killed_distillation_continues_to_the_same_weights(place, monkeypatch, ema):
-    whole = record_of(arsp(*distill("whole", f"optim.ema={ema}")))
+    whole = record_of(invoke(*distill("whole", f"optim.ema={ema}")))
     calls, update = [], loop._update
     generate, shards = pipeline.generate_shards, []
 
@@ -126,8 +104,8 @@ def test_a_killed_distillation_continues_to_the_same_weights(place, monkeypatch,
 
     monkeypatch.setattr(loop, "_update", dying_update)
     monkeypatch.setattr(pipeline, "generate_shards", dying_shards)
-    assert [arsp(*distill("parts", f"optim.ema={ema}")).exit_code for _ in range(3)] == [1, 1, 1]
-    result = arsp(*distill("parts", f"optim.ema={ema}"))
+    assert [invoke(*distill("parts", f"optim.ema={ema}")).exit_code for _ in range(3)] == [1, 1, 1]
+    result = invoke(*distill("parts", f"optim.ema={ema}"))
     assert "resumed at step 4" in result.stderr and calls[5:8] == [5, 4, 5], calls
     again = record_of(result)
     assert digest("parts") == digest("whole") and figures(again) == figures(whole)
@@ -153,43 +131,43 @@ def test_a_distillation_stopped_by_a_signal_continues_to_the_same_weights(place,
     out, err = process.communicate(timeout=120)
     assert process.returncode == code and out == "" and "Traceback" not in err, err
     assert not (place / "stopped" / "bundle").exists()
-    record = record_of(arsp(*command))
-    whole = record_of(arsp(*distill("whole", *long)))
+    record = record_of(invoke(*command))
+    whole = record_of(invoke(*distill("whole", *long)))
     assert digest("stopped") == digest("whole") and figures(record) == figures(whole)
 
 
 def test_a_finished_distillation_is_not_repeated(place, monkeypatch):
-    first = record_of(arsp(*distill("a", "optim.steps=1")))
+    first = record_of(invoke(*distill("a", "optim.steps=1")))
     monkeypatch.setattr(bundle, "load_weights", lambda *a: pytest.fail("weights were read"))
-    assert record_of(arsp(*distill("a", "optim.steps=1"))) == first
+    assert record_of(invoke(*distill("a", "optim.steps=1"))) == first
 
 
 def test_a_damaged_shard_ends_in_one_message_and_is_made_again_when_deleted(place, monkeypatch):
-    whole = record_of(arsp(*distill("whole")))
+    whole = record_of(invoke(*distill("whole")))
     monkeypatch.setattr(loop, "_update", lambda *a: (_ for _ in ()).throw(Dies("killed")))
-    arsp(*distill("a"))
+    invoke(*distill("a"))
     monkeypatch.undo()
     os.chdir(place)
     shard = place / "a" / "trajectories" / "shard-00000016-16.safetensors"
     content = bytearray(shard.read_bytes())
     content[-3] ^= 1
     shard.write_bytes(content)
-    refused(arsp(*distill("a")), 4, shard.name, "damaged", "Delete")
+    refused(invoke(*distill("a")), 4, shard.name, "damaged", "Delete")
     shard.unlink()
-    assert figures(record_of(arsp(*distill("a")))) == figures(whole) and digest("a") == digest("whole")
+    assert figures(record_of(invoke(*distill("a")))) == figures(whole) and digest("a") == digest("whole")
 
 
 def test_a_teacher_that_changed_since_the_shards_were_made_is_noticed(place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_update", lambda *a: (_ for _ in ()).throw(Dies("killed")))
-        arsp(*distill("a"))
+        invoke(*distill("a"))
         patch.setattr(tiny_models, "gpt_model", lambda: tiny_models._noisy(tiny_models.GPT(tiny_models.GPT_CONFIG), 9))
         tiny_models.teacher_bundle(place / "teacher")
-    refused(arsp(*distill("a")), 4, "another teacher_sha256")
+    refused(invoke(*distill("a")), 4, "another teacher_sha256")
 
 
 def test_divergence_is_exit_6_and_exports_nothing(place):
-    refused(arsp(*distill("a", "optim.lr=1e30", "optim.clip=1e30", "optim.warmup=0")), 6, "diverged")
+    refused(invoke(*distill("a", "optim.lr=1e30", "optim.clip=1e30", "optim.warmup=0")), 6, "diverged")
     assert not (place / "a" / "bundle").exists()
 
 
@@ -203,19 +181,21 @@ def official_files(folder):
 def test_official_files_are_distilled_and_sampled_with_their_tokenizer(place, monkeypatch):
     monkeypatch.setitem(convert._HEADS, (1, 16), 2)
     official_files(place)
-    refused(arsp(*distill("a", teacher="c2i_256.pt")), 4, "--tokenizer")
-    refused(arsp(*distill("a", "--tokenizer", "none.pt", teacher="c2i_256.pt")), 4, "none.pt")
-    refused(arsp(*distill("b", teacher="llamagen-B.pt")), 3, "student")
+    refused(invoke(*distill("a", teacher="c2i_256.pt")), 4, "--tokenizer")
+    refused(invoke(*distill("a", "--tokenizer", "none.pt", teacher="c2i_256.pt")), 4, "none.pt")
+    refused(invoke(*distill("b", teacher="llamagen-B.pt")), 3, "student")
     few = ["trajectories.num=4", "trajectories.held_out=2", "optim.steps=1", "optim.batch_size=2"]
-    record_of(arsp(*distill("c", "--tokenizer", "vq.pt", *few, teacher="c2i_256.pt")))
+    record_of(invoke(*distill("c", "--tokenizer", "vq.pt", *few, teacher="c2i_256.pt")))
     made = load_model("c")
     assert made.source.card["known"] == [0, 80] and made.tokenizer.config.codebook_size == 16
-    record = record_of(arsp("sample", "--model", "llamagen-B.pt", "--tokenizer", "vq.pt", "--student-steps", 2, "--num", 2, "--json", "-q"))
+    record = record_of(
+        invoke("sample", "--model", "llamagen-B.pt", "--tokenizer", "vq.pt", "--student-steps", 2, "--num", 2, "--json", "-q")
+    )
     assert record["stack"]["kind"] == "student" and record["cost"]["passes"] == 2
-    record = record_of(arsp("sample", "--model", "c2i_256.pt", "--tokenizer", "vq.pt", "--num", 1, "--json", "-q"))
+    record = record_of(invoke("sample", "--model", "c2i_256.pt", "--tokenizer", "vq.pt", "--num", 1, "--json", "-q"))
     assert record["stack"]["cfg"] == 2.0
-    refused(arsp("sample", "--model", "llamagen-B.pt", "--num", 1), 4, "--tokenizer")
-    refused(arsp("sample", "--model", "c2i_256.pt", "--num", 1), 4, "--tokenizer")
+    refused(invoke("sample", "--model", "llamagen-B.pt", "--num", 1), 4, "--tokenizer")
+    refused(invoke("sample", "--model", "c2i_256.pt", "--num", 1), 4, "--tokenizer")
 
 
 @pytest.mark.parametrize(
@@ -245,30 +225,30 @@ def test_official_files_are_distilled_and_sampled_with_their_tokenizer(place, mo
 )
 def test_bad_options_end_in_their_exit_code_and_one_message(place, words, code, said):
     teacher = [] if "--teacher" in words else ["--teacher", "teacher"]
-    refused(arsp("distill", *teacher, *words), code, said)
+    refused(invoke("distill", *teacher, *words), code, said)
     assert not list((place / "runs").glob("*/trajectories"))
 
 
 def test_damaged_teachers_are_refused(place):
     (place / "teacher" / "model.safetensors").write_bytes(b"nothing")
-    refused(arsp(*distill("a")), 4, "damaged")
+    refused(invoke(*distill("a")), 4, "damaged")
     assert not (place / "a" / "trajectories").exists()
 
 
 def test_another_configuration_in_the_same_directory_is_refused(place):
-    record_of(arsp(*distill("a", "optim.steps=1")))
-    refused(arsp(*distill("a", "optim.steps=2")), 8, "optim.steps")
+    record_of(invoke(*distill("a", "optim.steps=1")))
+    refused(invoke(*distill("a", "optim.steps=2")), 8, "optim.steps")
 
 
 def test_a_dry_run_shows_the_completed_plan_and_writes_nothing(place):
     before = sorted(place.rglob("*"))
-    plan = record_of(arsp(*distill("a"), "--dry-run"))["plan"]
+    plan = record_of(invoke(*distill("a"), "--dry-run"))["plan"]
     assert plan["second_step_at"] == 5 and plan["objective"]["known"] == [0, 5]
     assert sorted(place.rglob("*")) == before
 
 
 def test_the_configuration_of_a_record_runs_again(place):
-    record = record_of(arsp(*distill("a", "optim.steps=1")))
+    record = record_of(invoke(*distill("a", "optim.steps=1")))
     (place / "again.yaml").write_text(json.dumps(record["config"]))
-    again = record_of(arsp("distill", "-c", "again.yaml", "--out", "a", "--json"))
+    again = record_of(invoke("distill", "-c", "again.yaml", "--out", "a", "--json"))
     assert again["id"] == record["id"]

@@ -1,12 +1,10 @@
-import json
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
-from typer.testing import CliRunner
+from command_line import invoke, record_of
 
-from arsp.cli.app import app
 from arsp.runs import sha256_file
 from arsp.zoo import bundle, convert, load
 from arsp.zoo.load import card_names
@@ -22,12 +20,7 @@ def place(tmp_path, monkeypatch):
 
 
 def arsp(*words):
-    return CliRunner().invoke(app, ["models", *map(str, words)])
-
-
-def record_of(result):
-    assert result.exit_code == 0, f"exit {result.exit_code}: {result.stderr}"
-    return json.loads(result.stdout)
+    return invoke("models", *words)
 
 
 def refused(result, code, *words):

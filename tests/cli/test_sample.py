@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from command_line import invoke, record_of, refused
 from PIL import Image
-from typer.testing import CliRunner
 
 from arsp import stack as stacks
-from arsp.cli.app import app
 from arsp.models.llamagen import GPT
 from arsp.zoo import bundle
 
@@ -30,19 +29,7 @@ def place(tmp_path, monkeypatch):
 
 
 def arsp(*words):
-    return CliRunner().invoke(app, ["sample", *map(str, words)])
-
-
-def record_of(result):
-    assert result.exit_code == 0, f"exit {result.exit_code}: {result.stderr}"
-    return json.loads(result.stdout)
-
-
-def refused(result, code, *words):
-    assert result.exit_code == code, f"exit {result.exit_code}, expected {code}: {result.stderr}"
-    missing = [word for word in words if word not in result.stderr]
-    assert not missing and "Traceback" not in result.stderr, f"{missing} not in: {result.stderr}"
-    assert result.stdout == "" and result.stderr.count("error: ") == 1
+    return invoke("sample", *words)
 
 
 def pixels(folder):

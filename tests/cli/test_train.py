@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from command_line import invoke, record_of, refused
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from arsp.cli.app import app
 from arsp.data import shapes
 from arsp.data.images import save_png_dir
 from arsp.errors import Interrupted
@@ -25,12 +24,7 @@ GPT = ["gpt.dim=16", "gpt.n_layer=1", "gpt.n_head=2", "gpt.multiple_of=8"]
 VQ = ["vq.ch=32", "vq.ch_mult=[1,1]", "vq.z_channels=32", "vq.codebook_size=16", "vq.codebook_embed_dim=4"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -43,22 +37,6 @@ def place(tmp_path, monkeypatch):
         save_png_dir(pool[10 * i : 10 * i + 10], tmp_path / "photos" / name)
     tiny_models.tokenizer_bundle(tmp_path / "tok")
     return tmp_path
-
-
-def arsp(*words):
-    return CliRunner().invoke(app, [*map(str, words)])
-
-
-def record_of(result):
-    assert result.exit_code == 0, f"exit {result.exit_code}: {result.stderr}"
-    return json.loads(result.stdout)
-
-
-def refused(result, code, *words):
-    assert result.exit_code == code, f"exit {result.exit_code}, expected {code}: {result.stderr}"
-    missing = [word for word in words if word not in result.stderr]
-    assert not missing and "Traceback" not in result.stderr, f"{missing} not in: {result.stderr}"
-    assert result.stdout == "" and result.stderr.count("error: ") == 1
 
 
 def teacher(out, *more):
@@ -82,28 +60,28 @@ def figures(record):
 
 
 def test_a_tokenizer_and_a_teacher_from_a_folder_make_images(place):
-    record = record_of(arsp(*tokenizer("vq")))
+    record = record_of(invoke(*tokenizer("vq")))
     assert [a["kind"] for a in record["artifacts"]] == ["bundle"] and {"psnr_db", "codes_used", "loss"} <= record["curves"].keys()
     assert load_tokenizer("vq").config == tiny_models.VQ
-    record_of(arsp("train", "teacher", "--data", "photos", "--tokenizer", "vq", "--steps", 2, "--out", "gpt", "--json", *SMALL, *GPT))
+    record_of(invoke("train", "teacher", "--data", "photos", "--tokenizer", "vq", "--steps", 2, "--out", "gpt", "--json", *SMALL, *GPT))
     loaded = load_model("gpt")
     assert loaded.source.card["classes"] == tiny_models.CLASSES and loaded.source.config["num_classes"] == 3
     for key, value in load_file("vq/bundle/model.safetensors").items():
         assert torch.equal(loaded.tokenizer.state_dict()[key], value), key
-    sample = record_of(arsp("sample", "--model", "gpt", "--num", 2, "--class", "bee", "--json", "-q"))
+    sample = record_of(invoke("sample", "--model", "gpt", "--num", 2, "--class", "bee", "--json", "-q"))
     assert sample["stack"]["top_p"] == 0.95 and len(list((Path(sample["run_dir"]) / "images").iterdir())) == 2
 
 
 def test_a_teacher_may_take_its_tokenizer_from_another_teacher(place):
     tiny_models.teacher_bundle(place / "other")
-    record_of(arsp(*teacher("gpt", "tokenizer=other", "optim.steps=1")))
+    record_of(invoke(*teacher("gpt", "tokenizer=other", "optim.steps=1")))
     assert load_model("gpt").tokenizer.config == tiny_models.VQ
 
 
 def test_a_teacher_of_the_packaged_tokenizer_refers_to_it(place):
     for i, name in enumerate(("x", "y")):
         save_png_dir(shapes.draw(4, i)[0], place / "shapes" / name)
-    record_of(arsp("train", "teacher", "--data", "shapes", "--steps", 1, "--out", "gpt", "--json", *SMALL, *GPT))
+    record_of(invoke("train", "teacher", "--data", "shapes", "--steps", 1, "--out", "gpt", "--json", *SMALL, *GPT))
     assert not (place / "gpt" / "bundle" / "tokenizer.safetensors").exists()
     assert load_model("gpt").tokenizer.codebook_VE.shape == (256, 8)
 
@@ -116,7 +94,7 @@ class Dies(Exception):
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_killed_training_continues_to_the_same_weights(place, monkeypatch, command, ema):
     more = [f"optim.ema={ema}"]
-    whole = record_of(arsp(*command("whole", *more)))
+    whole = record_of(invoke(*command("whole", *more)))
     update, real = [], loop._update
 
     def dying(*arguments):
@@ -126,8 +104,8 @@ def test_a_killed_training_continues_to_the_same_weights(place, monkeypatch, com
         return real(*arguments)
 
     monkeypatch.setattr(loop, "_update", dying)
-    assert [arsp(*command("parts", *more)).exit_code for _ in range(2)] == [1, 1]
-    result = arsp(*command("parts", *more))
+    assert [invoke(*command("parts", *more)).exit_code for _ in range(2)] == [1, 1]
+    result = invoke(*command("parts", *more))
     assert "resumed at step 4" in result.stderr and update[5:8] == [5, 4, 5], update
     again = record_of(result)
     assert digest("parts") == digest("whole") and figures(again) == figures(whole)
@@ -149,37 +127,37 @@ def test_a_training_stopped_by_a_signal_continues_to_the_same_weights(place, num
     assert process.returncode == code and out == "" and "Traceback" not in err and "run the same command again" in err, err
     assert json.loads((place / "stopped" / "run.json").read_text())["status"] == "interrupted"
     assert not (place / "stopped" / "bundle").exists()
-    record = record_of(arsp(*command))
+    record = record_of(invoke(*command))
     assert record["status"] == "ok"
-    whole = record_of(arsp(*teacher("whole", "optim.steps=300", "optim.checkpoint_every=5", "optim.eval_every=100")))
+    whole = record_of(invoke(*teacher("whole", "optim.steps=300", "optim.checkpoint_every=5", "optim.eval_every=100")))
     assert digest("stopped") == digest("whole") and figures(record) == figures(whole)
 
 
 def test_a_finished_training_is_not_repeated(place, monkeypatch):
-    first = record_of(arsp(*teacher("a")))
+    first = record_of(invoke(*teacher("a")))
     monkeypatch.setattr(loop, "_update", lambda *a: pytest.fail("trained again"))
-    assert record_of(arsp(*teacher("a"))) == first
+    assert record_of(invoke(*teacher("a"))) == first
 
 
 def test_another_configuration_in_the_same_directory_is_refused(place):
-    record_of(arsp(*teacher("a", "optim.steps=1")))
-    refused(arsp(*teacher("a", "optim.steps=2")), 8, "optim.steps: 1 there, 2 here")
+    record_of(invoke(*teacher("a", "optim.steps=1")))
+    refused(invoke(*teacher("a", "optim.steps=2")), 8, "optim.steps: 1 there, 2 here")
 
 
 def test_a_damaged_checkpoint_ends_in_one_message(place, monkeypatch):
     real = loop._update
     monkeypatch.setattr(loop, "_update", lambda *a: real(*a) if a[3] < 6 else (_ for _ in ()).throw(Dies("killed")))
-    assert arsp(*teacher("a")).exit_code == 1
+    assert invoke(*teacher("a")).exit_code == 1
     file = place / "a" / "checkpoints" / "00000004" / "task.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    refused(arsp(*teacher("a")), 4, "00000004", "Delete")
+    refused(invoke(*teacher("a")), 4, "00000004", "Delete")
 
 
 def test_damaged_codes_of_the_images_end_in_one_message(place, monkeypatch):
     monkeypatch.setattr(loop, "_update", lambda *a: (_ for _ in ()).throw(Dies("killed")))
-    arsp(*teacher("a"))
+    invoke(*teacher("a"))
     (place / "a" / "codes.safetensors").write_bytes(b"nothing")
-    refused(arsp(*teacher("a")), 4, "codes.safetensors", "Delete")
+    refused(invoke(*teacher("a")), 4, "codes.safetensors", "Delete")
 
 
 def test_tokenising_can_be_stopped(place, monkeypatch):
@@ -187,13 +165,13 @@ def test_tokenising_can_be_stopped(place, monkeypatch):
         raise Interrupted("stopped by SIGTERM", 143)
 
     monkeypatch.setattr(tasks, "check_stop", stop)
-    refused(arsp(*teacher("a")), 143, "stopped")
+    refused(invoke(*teacher("a")), 143, "stopped")
     assert not (place / "a" / "codes.safetensors").exists()
 
 
 def test_divergence_is_exit_6_and_keeps_the_last_checkpoint(place):
     refused(
-        arsp(*teacher("a", "optim.lr=1e30", "optim.clip=1e30", "optim.warmup=0", "optim.checkpoint_every=1")), 6, "diverged", "optim.lr"
+        invoke(*teacher("a", "optim.lr=1e30", "optim.clip=1e30", "optim.warmup=0", "optim.checkpoint_every=1")), 6, "diverged", "optim.lr"
     )
     assert any((place / "a" / "checkpoints").glob("*/state.json")) and not (place / "a" / "bundle").exists()
     assert json.loads((place / "a" / "run.json").read_text())["status"] == "failed"
@@ -226,16 +204,16 @@ def bad_folders(place):
 )
 def test_folders_that_are_no_training_set_are_exit_4(place, command, data, words):
     bad_folders(place)
-    refused(arsp(*command("a"), "--data", data), 4, words)
+    refused(invoke(*command("a"), "--data", data), 4, words)
     assert not (place / "a" / "bundle").exists() and not (place / "a" / "checkpoints").exists()
 
 
 def test_images_that_do_not_fit_the_sizes_are_refused(place):
     bad_folders(place)
-    refused(arsp(*teacher("a"), "--data", "other"), 4, "images of 12 px, the tokenizer takes 8 px")
-    refused(arsp(*tokenizer("b"), "--data", "odd"), 3, "divisible by 2")
-    refused(arsp(*tokenizer("c"), "--data", "wide"), 3, "squares")
-    refused(arsp(*teacher("d"), "--data", "wide"), 4, "px")
+    refused(invoke(*teacher("a"), "--data", "other"), 4, "images of 12 px, the tokenizer takes 8 px")
+    refused(invoke(*tokenizer("b"), "--data", "odd"), 3, "divisible by 2")
+    refused(invoke(*tokenizer("c"), "--data", "wide"), 3, "squares")
+    refused(invoke(*teacher("d"), "--data", "wide"), 4, "px")
 
 
 @pytest.mark.parametrize(
@@ -262,7 +240,7 @@ def test_images_that_do_not_fit_the_sizes_are_refused(place):
     ],
 )
 def test_bad_options_end_in_their_exit_code(place, words, code, said):
-    result = arsp(*words)
+    result = invoke(*words)
     assert result.exit_code == code and said in result.stderr and "Traceback" not in result.stderr, (
         f"exit {result.exit_code}: {result.stderr}"
     )
@@ -270,28 +248,28 @@ def test_bad_options_end_in_their_exit_code(place, words, code, said):
 
 
 def test_a_feature_network_is_described_and_not_taken_for_a_model(place):
-    record_of(arsp(*features("net", "optim.steps=1")))
+    record_of(invoke(*features("net", "optim.steps=1")))
     assert resolve("net").kind == "features"
-    assert record_of(arsp("models", "info", "net", "--json"))["parameters"] == 387_643
-    refused(arsp("sample", "--model", "net"), 3, "features")
-    refused(arsp("distill", "--teacher", "net"), 3, "features")
-    refused(arsp(*teacher("a"), "--tokenizer", "net"), 4, "feature network")
+    assert record_of(invoke("models", "info", "net", "--json"))["parameters"] == 387_643
+    refused(invoke("sample", "--model", "net"), 3, "features")
+    refused(invoke("distill", "--teacher", "net"), 3, "features")
+    refused(invoke(*teacher("a"), "--tokenizer", "net"), 4, "feature network")
 
 
 def test_a_large_seed_is_a_seed_of_its_own(place):
     for seed in (0, (1 << 64) - 1):
-        record_of(arsp(*teacher(f"s{seed}", f"optim.seed={seed}", "optim.steps=2")))
+        record_of(invoke(*teacher(f"s{seed}", f"optim.seed={seed}", "optim.steps=2")))
     assert digest("s0") != digest(f"s{(1 << 64) - 1}")
 
 
 def test_a_dry_run_writes_nothing(place):
     before = sorted(place.rglob("*"))
-    assert record_of(arsp(*teacher("a"), "--dry-run"))["plan"]["gpt"]["dim"] == 16
+    assert record_of(invoke(*teacher("a"), "--dry-run"))["plan"]["gpt"]["dim"] == 16
     assert sorted(place.rglob("*")) == before
 
 
 def test_the_exported_average_is_not_the_last_raw_weights(place):
-    record_of(arsp(*teacher("a", "optim.ema=0.9")))
+    record_of(invoke(*teacher("a", "optim.ema=0.9")))
     raw = load_file("a/checkpoints/00000009/task.safetensors")
     exported = load_file("a/bundle/model.safetensors")
     assert any(not torch.equal(raw[f"trained.{key}"], value) for key, value in exported.items())
