@@ -250,6 +250,19 @@ def apply_rope(x_BnHD: Tensor, rope: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).type_as(x_BnHD)
 
 
+def left_pad(captions_BPE: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:
+    """Text-encoder output, valid tokens first -> the condition the model was trained with: valid tokens last, padding zeroed.
+
+    Returns the condition ``(B, P, E)`` and its boolean mask ``(B, P)``.
+    """
+    P = mask_BP.shape[1]
+    valid_B1 = mask_BP.long().sum(1, keepdim=True)
+    order_BP = (torch.arange(P, device=mask_BP.device) + valid_B1) % P
+    moved = captions_BPE.gather(1, order_BP.unsqueeze(-1).expand_as(captions_BPE))
+    mask = mask_BP.bool().flip(1)
+    return moved * mask.unsqueeze(-1), mask
+
+
 def prefix_mask(caption_mask_BP: Tensor, total: int) -> Tensor:
     """Boolean ``(B, 1, total, total)``: causal, padded caption columns hidden, the diagonal forced on (finite softmax)."""
     B, P = caption_mask_BP.shape

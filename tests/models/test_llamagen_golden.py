@@ -10,7 +10,7 @@ from arsp.decode.ar import sample_ar
 from arsp.decode.decoder import RasterDecoder
 from arsp.decode.filters import LogitsPipeline
 from arsp.decode.guidance import Guidance
-from arsp.models.llamagen import GPT, GPTConfig
+from arsp.models.llamagen import GPT, GPTConfig, left_pad, prefix_mask
 from arsp.protocols import Request
 from arsp.testing.golden import GoldenCase, find_cases
 from arsp.testing.tolerance import assert_close, assert_same
@@ -135,3 +135,14 @@ def test_bfloat16_stays_within_four_percent_rms(case):
     expected = io["kv.cfg_logits"]
     relative = float((got - expected).square().mean().sqrt() / expected.std())
     assert relative <= 0.04 * case.meta["cfg_scale"], f"relative RMS error {relative:.3%}"
+
+
+@pytest.mark.parametrize("case", T2I, ids=str)
+def test_left_padding_and_the_attention_mask_of_captions(case):
+    io = case.io
+    condition, mask = left_pad(io["cap.emb_right"], io["cap.mask_right"])
+    assert_same(mask, io["cap.mask_left"].bool(), "left-padded mask")
+    assert_close(condition, io["cap.cond"], abs_tol=0.0, what="left-padded condition")
+    total = case.config["cls_token_num"] + case.config["block_size"]
+    expected = io["kv.causal_mask"][: len(mask), :total, :total]
+    assert_same(prefix_mask(mask, total)[:, 0], expected, "attention mask")
