@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -14,7 +16,8 @@ CASES = find_cases(kind="vq")
 
 
 def tokenizer_of(case) -> VQModel:
-    model = VQModel(VQConfig(**{**case.config, "ch_mult": tuple(case.config["ch_mult"])})).eval()
+    sizes = {f.name: case.config[f.name] for f in fields(VQConfig) if f.name in case.config}
+    model = VQModel(VQConfig(**{**sizes, "ch_mult": tuple(sizes["ch_mult"])})).eval()
     weights = dict(case.weights)
     weights.setdefault("quantize.codebook_used", torch.zeros(65536))
     model.load_state_dict(weights, strict=True)
