@@ -76,8 +76,7 @@ def run_distillation(ctx: CommandContext, config: Any, source: Any, guidance: An
             teacher = load_model(source, device)
             if source.origin == "embedded":
                 ctx.log(f"{source.name}: embedded tiny model ({source.card['about']})")
-            if not any(text.startswith("optim.steps") for text in ctx.opts.overrides):
-                ctx.log(f"{config.optim.steps} updates on {config.trajectories.num} trajectories; more of both: --steps N --trajectories M")
+            ctx.log(f"{config.optim.steps} updates on {config.trajectories.num} trajectories; more of both: --steps N --trajectories M")
             result = run_method(config, teacher, guidance, pipeline, run.path, device=device, stage=ctx.progress, log=ctx.log)
             complete(run, config, source, result)
         return run.record

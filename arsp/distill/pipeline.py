@@ -149,8 +149,7 @@ def distill(
     with stage(config.optim.steps, "train the student") as advance:
         state = fit(task, config.optim, directory, device=device, progress=advance, log=log)
     figures = {k: v for k, v in state["history"][-1].items() if k not in ("step", "minutes")} if state["history"] else {}
-    by_position = {str(known): task.accuracy_by_position(task.trained, known) for known in config.objective.known}
-    curves = training_curves(state["history"], by_position)
+    curves = training_curves(state["history"], task.accuracy_by_position(task.trained))
     path = directory / "bundle"
     if not path.exists():
         export(config, teacher, task, state, guidance, pipeline, curves, path)
@@ -202,11 +201,11 @@ class ImageProbe:
         return {"fid": frechet_distance(found["features"], self.reference), "class_accuracy": float(accuracy)}
 
 
-def training_curves(history: list[dict[str, Any]], by_position: dict[str, list[float]]) -> dict[str, list[dict[str, float]]]:
+def training_curves(history: list[dict[str, Any]], by_position: list[float]) -> dict[str, list[dict[str, float]]]:
     """The ``curves`` block of a record: every figure over minutes of training, and the one-step accuracy over positions."""
     keys = sorted({key for point in history for key in point} - {"step", "minutes"})
     curves = {key: [{"x": point["minutes"], "y": point[key]} for point in history if key in point] for key in keys}
-    return curves | {"accuracy_by_position": [{"x": i, "y": y} for i, y in enumerate(by_position["0"])]}
+    return curves | {"accuracy_by_position": [{"x": i, "y": y} for i, y in enumerate(by_position)]}
 
 
 def export(
