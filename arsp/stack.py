@@ -25,7 +25,7 @@ from arsp.errors import ConfigError, InputError
 from arsp.protocols import Generation, Generator, Request
 from arsp.registry import Registry
 from arsp.rng import keyed_labels
-from arsp.tokenizers.llamagen_vq import resize_for_evaluation, to_uint8
+from arsp.tokenizers.pixels import resize_for_evaluation, to_uint8
 from arsp.zoo.load import LoadedModel, ModelSource, cache_root, load_model, resolve
 
 SAMPLERS = Registry("samplers")

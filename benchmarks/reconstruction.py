@@ -12,7 +12,7 @@ import torch
 from arsp.data import shapes
 from arsp.metrics.features import FEATNET_NAME, extract, load_featnet, weights_sha256
 from arsp.metrics.fidelity import frechet_distance
-from arsp.tokenizers.llamagen_vq import to_pixels, to_uint8
+from arsp.tokenizers.pixels import to_pixels, to_uint8
 from arsp.zoo.load import load_tokenizer
 
 VARIANT, TOKENIZER, SEED = "shapes32-coarse", "shapes-vq16", 7

@@ -190,7 +190,7 @@ class ImageProbe:
     def __call__(self, student: torch.nn.Module) -> dict[str, float]:
         from arsp.metrics.fidelity import frechet_distance
         from arsp.protocols import Request
-        from arsp.tokenizers.llamagen_vq import to_uint8
+        from arsp.tokenizers.pixels import to_uint8
 
         generator = StudentGenerator(student, self.book, self.layout, FewStep())
         codes = generator.generate(Request(torch.arange(self.num), 77, labels_B=self.labels.to(self.book.device))).codes_BL

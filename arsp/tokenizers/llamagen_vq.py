@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arsp.errors import InputError
+from arsp.tokenizers.blocks import Downsample, ResBlock, Upsample, norm
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Encoder(nn.Module):
             self.conv_blocks.append(Level(c, width, cfg.num_res_blocks, attention=last, down=not last))
             c = width
         self.mid = _middle(c)
-        self.norm_out = _norm(c)
+        self.norm_out = norm(c)
         self.conv_out = nn.Conv2d(c, cfg.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class Decoder(nn.Module):
             last = j == len(widths) - 1
             self.conv_blocks.append(Level(c, width, cfg.num_res_blocks + 1, attention=j == 0, up=not last))
             c = width
-        self.norm_out = _norm(c)
+        self.norm_out = norm(c)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -178,25 +179,12 @@ class Level(nn.Module):
         return self.upsample(h) if hasattr(self, "upsample") else h
 
 
-class ResBlock(nn.Module):
-    def __init__(self, cin: int, cout: int):
-        super().__init__()
-        self.norm1, self.conv1 = _norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = _norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
-
-
 class AttnBlock(nn.Module):
     """Single-head attention over the h*w cells."""
 
     def __init__(self, c: int):
         super().__init__()
-        self.norm = _norm(c)
+        self.norm = norm(c)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,43 +192,6 @@ class AttnBlock(nn.Module):
         q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(out.transpose(1, 2).reshape(x.shape))
-
-
-class Downsample(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    def __init__(self, c: int):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def to_uint8(pixels_B3HW: Tensor) -> Tensor:
-    """Pixels about [-1, 1] -> uint8 NCHW by the official rule ``clamp(127.5 x + 128, 0, 255)`` with truncation."""
-    return (127.5 * pixels_B3HW.float() + 128.0).clamp(0, 255).to(torch.uint8)
-
-
-def to_pixels(images_u8_B3HW: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return images_u8_B3HW.float() / 127.5 - 1.0
-
-
-def resize_for_evaluation(pixels_B3HW: Tensor, size: int) -> Tensor:
-    """Bicubic without antialiasing on the UNCLAMPED decoder output: the official 384 -> 256 protocol."""
-    return F.interpolate(pixels_B3HW.float(), size=(size, size), mode="bicubic", align_corners=False)
-
-
-def _norm(c: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, c, eps=1e-6)
 
 
 def _middle(c: int) -> nn.ModuleList:

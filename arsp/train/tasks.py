@@ -10,7 +10,8 @@ from arsp.data import shapes
 from arsp.metrics.features import FeatNet
 from arsp.models.llamagen import GPT, GPTConfig
 from arsp.runs import check_stop
-from arsp.tokenizers.llamagen_vq import VQConfig, VQModel, to_pixels
+from arsp.tokenizers.llamagen_vq import VQConfig, VQModel
+from arsp.tokenizers.pixels import to_pixels
 from arsp.train.loop import Task
 
 

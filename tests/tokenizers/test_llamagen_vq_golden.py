@@ -9,7 +9,8 @@ import torch
 
 from arsp.testing.golden import find_cases
 from arsp.testing.tolerance import assert_close, assert_same
-from arsp.tokenizers.llamagen_vq import VQConfig, VQModel, resize_for_evaluation, to_uint8
+from arsp.tokenizers.llamagen_vq import VQConfig, VQModel
+from arsp.tokenizers.pixels import resize_for_evaluation, to_uint8
 
 pytestmark = pytest.mark.golden
 CASES = find_cases(kind="vq")
