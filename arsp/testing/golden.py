@@ -21,7 +21,19 @@ from torch import Tensor
 
 from arsp.errors import InputError
 
-COVERED = frozenset({"ar_table", "flowmap", "gpt_c2i", "gpt_t2i", "llamagen_dd", "seeded_fixedpoint", "vq"})  # kinds with a parity test
+COVERED = frozenset(  # kinds with a parity test
+    {
+        "ar_table",
+        "flowmap",
+        "gpt_c2i",
+        "gpt_t2i",
+        "litevar_mask",
+        "litevar_windows",
+        "llamagen_dd",
+        "seeded_fixedpoint",
+        "vq",
+    }
+)
 
 
 @dataclass(frozen=True)
