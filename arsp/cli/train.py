@@ -33,6 +33,7 @@ def train(
     tokenizer: Annotated[
         Optional[str], typer.Option(help="Tokenizer of a teacher: bundle, run directory or embedded name [default: shapes-vq16]")
     ] = None,
+    family: Annotated[Optional[str], typer.Option(help="llamagen or var; a teacher follows its tokenizer [default: llamagen]")] = None,
     steps: Annotated[Optional[int], typer.Option(help="Optimiser updates")] = None,
     lr: Annotated[Optional[float], typer.Option(help="Peak learning rate")] = None,
     batch_size: Annotated[Optional[int], typer.Option(help="Images or sequences an update")] = None,
@@ -43,15 +44,24 @@ def train(
         from arsp.errors import nearest
 
         raise ConfigError(f"unknown thing to train '{what}'.", nearest(what, WHAT))
-    from arsp.train import pipeline
-
     named = {"data": data, "tokenizer": tokenizer, "optim.steps": steps, "optim.lr": lr, "optim.batch_size": batch_size, "optim.seed": seed}
     if what != "teacher" and tokenizer is not None:
         raise ConfigError(f"--tokenizer belongs to a teacher, not to {what}.")
-    schema = pipeline.SCHEMAS[what]
+    schema = schema_of(what, family)
     config = ctx.resolve(schema, {k: v for k, v in named.items() if k.split(".")[0] in schema.model_fields})
     ctx.plan(config)
     ctx.emit(run_training(ctx, what, config))
+
+
+def schema_of(what: str, family: str | None) -> Any:
+    """The configuration of one kind of training. ConfigError where the family has no such thing."""
+    from arsp.errors import nearest
+    from arsp.train.pipeline import SCHEMAS
+
+    families = [known for kind, known in SCHEMAS if kind == what]
+    if family is not None and family not in families:
+        raise ConfigError(f"--family {family}: there is no {what} of it to train.", nearest(family, families))
+    return SCHEMAS[what, family or "llamagen"]
 
 
 def run_training(ctx: CommandContext, what: str, config: Any) -> dict[str, Any]:
@@ -63,7 +73,7 @@ def run_training(ctx: CommandContext, what: str, config: Any) -> dict[str, Any]:
     device = ctx.setup_torch()
     with runs.Run.open("train", what, config.model_dump(), ctx.opts.out, resume=ctx.opts.resume) as run, runs.stop_signals():
         if not run.finished:
-            job = pipeline.prepare(what, config, run.path, ctx.progress, ctx.log)
+            job = pipeline.prepare(config, run.path, ctx.progress, ctx.log)
             with ctx.progress(config.optim.steps, f"train {what}") as advance:
                 state = fit(job.task, config.optim, run.path, device=device, progress=advance, log=ctx.log)
             path = run.path / "bundle"

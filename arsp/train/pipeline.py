@@ -18,10 +18,11 @@ from arsp.errors import ConfigError, InputError, nearest
 from arsp.metrics.features import FEATNET_NAME
 from arsp.models.llamagen import GPTConfig
 from arsp.runs import atomic_file
-from arsp.tokenizers.llamagen_vq import VQConfig
+from arsp.tokenizers.llamagen_vq import VQConfig, VQModel
+from arsp.tokenizers.var_vqvae import VQVAE, VQVAEConfig
 from arsp.train.data import load_pool
 from arsp.train.loop import OptimConfig, Task
-from arsp.train.tasks import FeatureTask, TeacherTask, TokenizerTask, tokenise
+from arsp.train.tasks import FeatureTask, ScaleTokenizerTask, TeacherTask, TokenizerTask, tokenise
 from arsp.zoo.bundle import save_bundle
 from arsp.zoo.load import load_tokenizer, resolve_tokenizer
 
@@ -35,6 +36,18 @@ class VQSection(StrictModel):
     z_channels: int = Field(64, ge=32, multiple_of=32)
     codebook_size: int = Field(256, ge=2)
     codebook_embed_dim: int = Field(8, ge=1)
+
+
+class MultiScaleSection(StrictModel):
+    """Sizes of a VAR tokenizer; the defaults are those of the embedded one (32x32 px -> six maps up to 8x8, 130 codes)."""
+
+    ch: int = Field(32, ge=32, multiple_of=32)
+    ch_mult: tuple[PositiveInt, ...] = Field((1, 2, 2), min_length=1)
+    num_res_blocks: int = Field(1, ge=1)
+    z_channels: int = Field(8, ge=1)
+    vocab_size: int = Field(512, ge=2)
+    patch_nums: tuple[PositiveInt, ...] = Field((1, 2, 3, 4, 6, 8), min_length=2, description="sides of the maps, rising")
+    truncate: float = Field(0.3, ge=0, le=1, description="share of the rows decoded from their first scales only")
 
 
 class GPTSection(StrictModel):
@@ -54,6 +67,14 @@ class TokenizerTraining(StrictModel):
     data: str = "shapes32-coarse"
     vq: VQSection = VQSection()
     optim: OptimConfig = OptimConfig(steps=3000, batch_size=32, lr=1e-3, warmup=100, schedule="flat-linear", eval_every=100)
+
+
+class VARTokenizerTraining(StrictModel):
+    """Configuration of ``arsp train tokenizer --family var``."""
+
+    data: str = "shapes32-coarse"
+    vq: MultiScaleSection = MultiScaleSection()
+    optim: OptimConfig = OptimConfig(steps=4000, batch_size=32, lr=1e-3, warmup=100, schedule="flat-linear", eval_every=200)
 
 
 class SamplingSection(StrictModel):
@@ -87,7 +108,12 @@ class FeatureTraining(StrictModel):
     )
 
 
-SCHEMAS: dict[str, type[StrictModel]] = {"tokenizer": TokenizerTraining, "teacher": TeacherTraining, "features": FeatureTraining}
+SCHEMAS: dict[tuple[str, str], type[StrictModel]] = {  # (what, family)
+    ("tokenizer", "llamagen"): TokenizerTraining,
+    ("tokenizer", "var"): VARTokenizerTraining,
+    ("teacher", "llamagen"): TeacherTraining,
+    ("features", "llamagen"): FeatureTraining,
+}
 
 
 @dataclass
@@ -98,22 +124,40 @@ class Job:
     export: Callable[[Path, dict[str, Any]], Any]
 
 
-def prepare(what: str, config: Any, directory: Path, stage: Callable[[int, str], Any], log: Callable[[str], None]) -> Job:
-    """Data and task of one kind. InputError or ConfigError before any long work when the data do not fit."""
-    return {"tokenizer": _tokenizer, "teacher": _teacher, "features": _features}[what](config, directory, stage, log)
+def prepare(config: Any, directory: Path, stage: Callable[[int, str], Any], log: Callable[[str], None]) -> Job:
+    """Data and task of a training, told by its schema. InputError or ConfigError before any long work when the data do not fit."""
+    makers = {
+        TokenizerTraining: _tokenizer, VARTokenizerTraining: _var_tokenizer, TeacherTraining: _teacher, FeatureTraining: _features,
+    }  # fmt: skip
+    return makers[type(config)](config, directory, stage, log)
 
 
 def _tokenizer(config: TokenizerTraining, directory: Path, stage: Callable, log: Callable) -> Job:
-    images, _, _ = load_pool(config.data)
-    side = images.shape[-1]
+    images, held_out, side = _pool(config.data)
     vq = VQConfig(**config.vq.model_dump(), image_size=side)
-    if images.shape[-2] != side or side % vq.downsample:
-        raise ConfigError(
-            f"images of {images.shape[-1]}x{images.shape[-2]} px: expected squares divisible by {vq.downsample} (vq.ch_mult)."
-        )
-    held_out = images[torch.linspace(0, len(images) - 1, min(1000, len(images))).long()]
-    task = TokenizerTask(vq, images, held_out, seed=config.optim.seed, total_steps=config.optim.steps)
-    return Job(task, lambda path, state: _bundle(path, "tokenizer", _plain(vq), task, state, config.data))
+    if side % vq.downsample:
+        raise ConfigError(f"images of {side} px: expected a size divisible by {vq.downsample} (vq.ch_mult).")
+    torch.manual_seed(config.optim.seed)
+    task = TokenizerTask(VQModel(vq), images, held_out, total_steps=config.optim.steps)
+    return Job(task, lambda path, state: _bundle(path, "llamagen", "tokenizer", _plain(vq), task, state, config.data))
+
+
+def _var_tokenizer(config: VARTokenizerTraining, directory: Path, stage: Callable, log: Callable) -> Job:
+    images, held_out, side = _pool(config.data)
+    vq = VQVAEConfig(**config.vq.model_dump(exclude={"truncate"}))
+    if side != vq.image_size:
+        raise ConfigError(f"images of {side} px: vq.patch_nums and vq.ch_mult make {vq.image_size} px.")
+    torch.manual_seed(config.optim.seed)
+    task = ScaleTokenizerTask(VQVAE(vq), images, held_out, total_steps=config.optim.steps, truncate=config.vq.truncate)
+    return Job(task, lambda path, state: _bundle(path, "var", "tokenizer", _plain(vq), task, state, config.data))
+
+
+def _pool(data: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """All images, up to 1000 of them for figures, and their side."""
+    images, _, _ = load_pool(data)
+    if images.shape[-1] != images.shape[-2]:
+        raise ConfigError(f"images of {images.shape[-1]}x{images.shape[-2]} px: expected squares.")
+    return images, images[torch.linspace(0, len(images) - 1, min(1000, len(images))).long()], images.shape[-1]
 
 
 def _teacher(config: TeacherTraining, directory: Path, stage: Callable, log: Callable) -> Job:
@@ -154,7 +198,7 @@ def _teacher(config: TeacherTraining, directory: Path, stage: Callable, log: Cal
     spec = {"bundle": config.tokenizer} if embedded else {"config": _plain(tokenizer.config)}
     weights = None if embedded else tokenizer.state_dict()
     more = {"tokenizer": spec, "tokenizer_weights": weights, "sampling": config.sampling.model_dump(), "classes": names}
-    return Job(task, lambda path, state: _bundle(path, "teacher", asdict(gpt), task, state, config.data, **more))
+    return Job(task, lambda path, state: _bundle(path, "llamagen", "teacher", asdict(gpt), task, state, config.data, **more))
 
 
 def _features(config: FeatureTraining, directory: Path, stage: Callable, log: Callable) -> Job:
@@ -165,14 +209,14 @@ def _features(config: FeatureTraining, directory: Path, stage: Callable, log: Ca
         )
     task = FeatureTask(config.data, config.optim.seed)
     log(f"the packaged {FEATNET_NAME} stays the metric; this trains another one")
-    return Job(task, lambda path, state: _bundle(path, "features", {}, task, state, config.data))
+    return Job(task, lambda path, state: _bundle(path, "llamagen", "features", {}, task, state, config.data))
 
 
-def _bundle(path: Path, kind: str, config: dict[str, Any], task: Task, state: dict[str, Any], data: str, **more: Any) -> Path:
+def _bundle(path: Path, family: str, kind: str, config: dict[str, Any], task: Task, state: dict[str, Any], data: str, **more: Any) -> Path:
     last = state["history"][-1] if state["history"] else None
     training = {"steps": state["step"], "minutes": round(state["elapsed_s"] / 60, 1), "final": last}
     return save_bundle(
-        path, family="llamagen", kind=kind, config=config, model=task.trained.state_dict(), dataset=data, training=training, **more
+        path, family=family, kind=kind, config=config, model=task.trained.state_dict(), dataset=data, training=training, **more
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,8 +12,9 @@ from arsp.data import shapes
 from arsp.metrics.features import FeatNet
 from arsp.models.llamagen import GPT, GPTConfig
 from arsp.runs import check_stop
-from arsp.tokenizers.llamagen_vq import VQConfig, VQModel
+from arsp.tokenizers.llamagen_vq import VQModel
 from arsp.tokenizers.pixels import to_pixels
+from arsp.tokenizers.var_vqvae import VQVAE
 from arsp.train.loop import Task
 
 
@@ -50,39 +53,44 @@ class FeatureTask(Task):
 
 
 class TokenizerTask(Task):
-    """L1 + 2 MSE + codebook and commitment losses; unused codes are re-seeded from encoder outputs early on."""
+    """L1 + 2 MSE + quantiser losses; unused codes are re-seeded from encoder outputs early on. This class: the LlamaGen tokenizer."""
 
-    def __init__(self, config: VQConfig, images_u8: Tensor, held_out_u8: Tensor, *, seed: int = 0, total_steps: int = 1000):
+    def __init__(self, model: nn.Module, images_u8: Tensor, held_out_u8: Tensor, *, total_steps: int = 1000):
         super().__init__()
-        torch.manual_seed(seed)
-        self.trained = VQModel(config)
-        self.register_buffer("usage", torch.zeros(config.codebook_size))
+        self.trained = model
+        self.register_buffer("usage", torch.zeros(len(model.codebook_VE)))
         self.pool, self.held_out, self.reseed_until = images_u8, held_out_u8, int(0.7 * total_steps)
 
     def loss(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(self.pool), (batch_size,), generator=generator)
         pixels = to_pixels(self.pool[rows]).to(self.usage.device)
-        latents = self.trained.latents(pixels).float()
-        quantised, vq_loss, commit_loss, codes = self.trained.quantize(latents)
-        if self.training:
-            self._track(step, latents.detach(), codes, generator)
+        quantised, extra = self._quantise(step, self.trained.latents(pixels).float(), generator)
         error = self.trained.decode_map(quantised).float() - pixels
         l1, mse = error.abs().mean(), error.square().mean()
+        return {"loss": l1 + 2 * mse + extra, "l1": l1, "mse": mse}
+
+    def _quantise(self, step: int, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The map to decode, with a straight-through gradient, and the weighted losses of the quantiser."""
+        quantised, vq_loss, commit_loss, codes = self.trained.quantize(latents)
+        if self.training:
+            vectors = F.normalize(latents.detach().movedim(1, -1).flatten(0, -2), dim=-1)
+            self._track(
+                step, torch.bincount(codes.flatten(), minlength=len(self.usage)).float(), lambda num: _pick(vectors, num, generator)
+            )
         width = latents.shape[1]  # the quantiser's losses are means over E components
-        return {"loss": l1 + 2 * mse + 0.25 * width * (vq_loss + commit_loss), "l1": l1, "mse": mse}
+        return quantised, 0.25 * width * (vq_loss + commit_loss)
 
     @torch.no_grad()
-    def _track(self, step: int, latents: Tensor, codes: Tensor, generator: torch.Generator) -> None:
-        self.usage.mul_(0.99).add_(torch.bincount(codes.flatten(), minlength=len(self.usage)).float(), alpha=0.01)
+    def _track(self, step: int, counts_V: Tensor, draw: Callable[[int], Tensor]) -> None:
+        """Running usage of the codes; ``draw(n)`` gives vectors that replace n dead ones."""
+        self.usage.mul_(0.99).add_(counts_V, alpha=0.01)
         if step == 30:
             dead = torch.ones_like(self.usage, dtype=torch.bool)
         elif step > 30 and step % 50 == 0 and step < self.reseed_until:
             dead = self.usage < 0.02 * self.usage.mean()
         else:
             return
-        vectors = F.normalize(latents.movedim(1, -1).flatten(0, -2), dim=-1)
-        picks = torch.randint(len(vectors), (int(dead.sum()),), generator=generator)
-        self.trained.quantize.embedding.weight[dead] = vectors[picks]
+        self.trained.quantize.embedding.weight[dead] = draw(int(dead.sum()))
         self.usage[dead] = self.usage.mean()
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
@@ -99,6 +107,63 @@ class TokenizerTask(Task):
             "codes_used": float((share > 0).sum()),
             "perplexity": float(perplexity),
         }
+
+
+class ScaleTokenizerTask(TokenizerTask):
+    """The multi-scale tokenizer of VAR (arXiv 2404.02905): the quantiser's losses are means over the running sums of all scales.
+
+    ``truncate``: share of the rows that are decoded from their first k scales only, k uniform in 1 .. K-1, so that coarse scales
+    carry as much of the image as they can: within a scale a VAR draws its codes independently.
+    """
+
+    def __init__(self, model: VQVAE, images_u8: Tensor, held_out_u8: Tensor, *, total_steps: int = 1000, truncate: float = 0.0):
+        super().__init__(model, images_u8, held_out_u8, total_steps=total_steps)
+        self.truncate = truncate
+
+    def _quantise(self, step: int, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        quantizer, rows = self.trained.quantize, len(latents)
+        fixed = latents.detach()
+        with torch.autocast(latents.device.type, enabled=False):
+            codes, maps = quantizer.encode(fixed)
+        losses = [F.mse_loss(found, fixed) + 0.25 * F.mse_loss(latents, found.detach()) for found in maps]
+        if self.training:
+            self._track_scales(step, fixed, codes, maps, generator)
+        last = torch.full((rows,), len(maps) - 1)
+        if self.training and self.truncate:
+            cut = torch.rand(rows, generator=generator) < self.truncate
+            last = torch.where(cut, torch.randint(len(maps) - 1, (rows,), generator=generator), last)
+        chosen = torch.stack(maps)[last, torch.arange(rows)]
+        return latents + (chosen - latents).detach(), sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def _track_scales(self, step: int, latents: Tensor, codes: list[Tensor], maps: list[Tensor], generator: torch.Generator) -> None:
+        """Every scale counts the same, whatever its number of codes; replacements come half from the first scale, half from all."""
+        counts = sum(torch.bincount(c.flatten(), minlength=len(self.usage)).float() / c.shape[1] for c in codes)
+
+        def draw(num: int) -> Tensor:
+            rests = [latents, *(latents - found for found in maps[:-1])]
+            sides = self.trained.quantize.patch_nums
+            z = [
+                F.interpolate(rest, size=(pn, pn), mode="area").flatten(2).transpose(1, 2).flatten(0, 1)
+                for rest, pn in zip(rests, sides, strict=True)
+            ]
+            scale = torch.randint(-len(z), len(z), (num,), generator=generator).clamp_min(0)
+            noise = 0.02 * torch.randn(num, latents.shape[1], generator=generator).to(latents)  # the first scale has few vectors
+            picked = torch.stack([_pick(z[k], 1, generator)[0] for k in scale.tolist()])
+            return picked * (1 + noise)
+
+        self._track(step, counts, draw)
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Also the PSNR after each scale."""
+        pixels = to_pixels(self.held_out[:256]).to(self.usage.device)
+        maps = module.quantize.encode(module.latents(pixels))[1]
+        psnr = lambda f_hat: float(10 * torch.log10(4 / (module.decode_map(f_hat) - pixels).square().flatten(1).mean(1)).mean())  # noqa: E731
+        return super().evaluate(module) | {f"psnr_db_scale_{k}": psnr(f_hat) for k, f_hat in enumerate(maps[:-1])}
+
+
+def _pick(vectors_NE: Tensor, num: int, generator: torch.Generator) -> Tensor:
+    return vectors_NE[torch.randint(len(vectors_NE), (num,), generator=generator)]
 
 
 class TeacherTask(Task):

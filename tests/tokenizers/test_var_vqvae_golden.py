@@ -92,7 +92,11 @@ def test_phi_table_with_its_exact_ties():
 
 
 def test_other_phi_sharing_keeps_the_official_keys():
-    for share, key in ((0, "quantize.quant_resi.3.weight"), (1, "quantize.quant_resi.qresi.weight"), (2, "quantize.quant_resi.qresi_ls.1.bias")):
+    for share, key in (
+        (0, "quantize.quant_resi.3.weight"),
+        (1, "quantize.quant_resi.qresi.weight"),
+        (2, "quantize.quant_resi.qresi_ls.1.bias"),
+    ):
         assert key in VQVAE(VQVAEConfig(ch=32, ch_mult=(1, 1), patch_nums=(1, 2, 3, 4), share_quant_resi=share, vocab_size=8)).state_dict()
 
 
@@ -100,7 +104,9 @@ def test_leading_scales_decode_and_cut_scales_are_refused():
     model = VQVAE(VQVAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, patch_nums=(1, 2, 4), vocab_size=8, z_channels=8)).eval()
     with torch.no_grad():
         codes = model.encode(torch.rand(2, 3, 8, 8) * 2 - 1)
-        assert_close(model.decode_codes(codes[:, :5]), model.decode_map(model.quantize.sum_scales(model.codebook_VE[codes[:, :5]])), abs_tol=0)
+        assert_close(
+            model.decode_codes(codes[:, :5]), model.decode_map(model.quantize.sum_scales(model.codebook_VE[codes[:, :5]])), abs_tol=0
+        )
         for bad in (codes[:, :4], torch.cat((codes, codes[:, :1]), dim=1)):
             with pytest.raises(InputError, match="whole number of the scales"):
                 model.decode_codes(bad)

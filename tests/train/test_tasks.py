@@ -3,6 +3,7 @@ import tiny_models
 import torch
 
 from arsp.data import shapes
+from arsp.tokenizers.llamagen_vq import VQModel
 from arsp.train.loop import OptimConfig, fit
 from arsp.train.tasks import FeatureTask, TeacherTask, TokenizerTask, tokenise
 
@@ -13,7 +14,7 @@ def images(num=40):
 
 def test_a_tokenizer_learns_and_its_unused_codes_are_reseeded(tmp_path):
     pool = shapes.draw(64, 3)[0][:, :, ::4, ::4].contiguous()
-    task = TokenizerTask(tiny_models.VQ, pool, pool, seed=0, total_steps=80)
+    task = TokenizerTask(VQModel(tiny_models.VQ), pool, pool, total_steps=80)
     with torch.no_grad():
         task.trained.quantize.embedding.weight[8:] = task.trained.quantize.embedding.weight[0]  # eight dead codes
     state = fit(task, OptimConfig(steps=60, batch_size=16, lr=2e-3, warmup=5, eval_every=30, autocast="off"), tmp_path)
@@ -56,7 +57,9 @@ def counting_teacher():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("make", [FeatureTask, lambda: TokenizerTask(tiny_models.VQ, images(), images(), total_steps=60), counting_teacher])
+@pytest.mark.parametrize(
+    "make", [FeatureTask, lambda: TokenizerTask(VQModel(tiny_models.VQ), images(), images(), total_steps=60), counting_teacher]
+)
 def test_every_task_trains_on_a_gpu(make, tmp_path):
     state = fit(make(), OptimConfig(steps=35, batch_size=8, eval_every=35), tmp_path, device="cuda")
     assert state["history"][-1]["loss"] > 0
