@@ -17,7 +17,7 @@ from arsp.runs import atomic_dir, sha256_file, write_json
 
 SCHEMA = 1
 MANIFEST = "arsp.json"
-KINDS = ("teacher", "student", "tokenizer", "features")
+KINDS = ("teacher", "student", "tokenizer", "features", "profile")
 
 
 def save_bundle(
