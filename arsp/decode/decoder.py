@@ -94,7 +94,7 @@ class RasterDecoder:
         return replace(
             state,
             prefix_RPC=state.prefix_RPC[halves],
-            cache=state.cache.select(halves),
+            cache=state.cache.select(rows, B),
             lengths_B=lengths,
             uniform=int(lengths[0]) if same else None,
             caption_mask_RP=None if state.caption_mask_RP is None else state.caption_mask_RP[halves],

@@ -1,60 +1,75 @@
-"""Shared by the architectures: the bias-free linear layer, the key-value cache outside the modules, and the dense attention policy."""
+"""Shared by the architectures: the linear layer, the key-value cache outside the modules, and the dense attention policy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arsp.kernels import small_linear
+from arsp.kernels import MAX_ROWS, small_linear
 
 
 class Linear(nn.Linear):
-    """Bias-free linear layer; decoding few rows on the CPU reads every weight once (:func:`arsp.kernels.small_linear`)."""
+    """Linear layer; decoding few rows on the CPU reads every weight once (:func:`arsp.kernels.small_linear`)."""
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return small_linear(x, self.weight)
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias`` through the kernel for few rows."""
+    if bias is None:
+        return small_linear(x, weight)
+    if x.numel() <= MAX_ROWS * x.shape[-1]:
+        return small_linear(x, weight) + bias
+    return F.linear(x, weight, bias)
 
 
 class KVCache:
-    """Keys (after rotation) and values of all layers, ``(B, H, capacity, D)`` each; allocated once, read up to the valid length."""
+    """Keys (after rotation or normalisation) and values of all layers, ``(rows, H, capacity, D)`` each; allocated once, read up to the
+    valid length. ``key_rows`` and ``value_rows`` (per layer) are smaller than the batch where guidance halves share them."""
 
     def __init__(
-        self, num_layers: int, batch: int, num_heads: int, capacity: int, head_dim: int, *, dtype: torch.dtype, device: torch.device
-    ):
-        shape = (num_layers, batch, num_heads, capacity, head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self, num_layers: int, batch: int, num_heads: int, capacity: int, head_dim: int, *, dtype: torch.dtype, device: torch.device,
+        key_rows: Sequence[int] | None = None, value_rows: Sequence[int] | None = None,
+    ):  # fmt: skip
+        def make(rows: Sequence[int] | None) -> list[Tensor]:
+            each = rows or [batch] * num_layers
+            return [torch.zeros(num, num_heads, capacity, head_dim, dtype=dtype, device=device) for num in each]
+
+        self.k, self.v = make(key_rows), make(value_rows)
 
     @property
     def capacity(self) -> int:
-        return self.k.shape[3]
+        return self.k[0].shape[2]
 
     def store(self, layer: int, k_BHnD: Tensor, v_BHnD: Tensor, start: int | None, positions_Bn: Tensor | None) -> None:
         """Write n new slots per row: at ``start`` for all rows, or at ``positions_Bn`` where rows stand at different lengths."""
-        rows, n = k_BHnD.shape[0], k_BHnD.shape[2]
-        if start is not None:
-            self.k[layer, :rows, :, start : start + n] = k_BHnD
-            self.v[layer, :rows, :, start : start + n] = v_BHnD
-        else:
-            row_B1 = torch.arange(rows, device=k_BHnD.device)[:, None]
-            self.k[layer, :rows][row_B1, :, positions_Bn] = k_BHnD.transpose(1, 2)
-            self.v[layer, :rows][row_B1, :, positions_Bn] = v_BHnD.transpose(1, 2)
+        n = k_BHnD.shape[2]
+        for cache, new in ((self.k[layer], k_BHnD), (self.v[layer], v_BHnD)):
+            rows = new.shape[0]
+            if start is not None:
+                cache[:rows, :, start : start + n] = new
+            else:
+                row_B1 = torch.arange(rows, device=new.device)[:, None]
+                cache[:rows][row_B1, :, positions_Bn[:rows]] = new.transpose(1, 2)
 
-    def select(self, rows: Tensor) -> KVCache:
-        """A cache holding only these batch rows."""
+    def select(self, rows: Tensor, batch: int) -> KVCache:
+        """A cache of these rows of a batch: of both guidance halves where a tensor holds two times ``batch`` rows."""
         kept = object.__new__(KVCache)
-        kept.k, kept.v = self.k[:, rows], self.v[:, rows]
+        pick = lambda x: x[torch.cat((rows, rows + batch)) if len(x) == 2 * batch else rows]  # noqa: E731
+        kept.k, kept.v = [pick(x) for x in self.k], [pick(x) for x in self.v]
         return kept
 
     def bytes(self, length: int) -> int:
         """Bytes of ``length`` valid slots of every row, keys and values."""
-        layers, batch, heads, _, width = self.k.shape
-        return 2 * layers * batch * heads * length * width * self.k.element_size()
+        return sum(x.shape[0] * x.shape[1] * length * x.shape[3] * x.element_size() for x in (*self.k, *self.v))
 
 
 @dataclass
@@ -62,6 +77,8 @@ class AttentionContext:
     """One pass: where new keys go, how many slots are visible, and which of them each query may see.
 
     ``mask`` is boolean, True = may see, ``(B | 1, 1, n, total)``; None with ``is_causal`` False means everything is visible.
+    ``scale`` multiplies the logits (None: D^-0.5). With ``scales`` (next-scale models: first and last scale of the pass, and the
+    sides of all scales) the queries of each scale see the scales up to their own; ``keep`` False: the new keys are not stored.
     """
 
     total: int
@@ -70,6 +87,19 @@ class AttentionContext:
     cache: KVCache | None = None
     start: int | None = None
     positions_Bn: Tensor | None = None
+    scale: float | None = None
+    scales: tuple[int, int] | None = None
+    sides: tuple[int, ...] = ()
+    keep: bool = True
+
+    def scale_ends(self) -> list[tuple[int, int, int]]:
+        """(scale, number of its queries, slots they see) for every scale of the pass."""
+        first, last = self.scales
+        ends, seen = [], sum(side * side for side in self.sides[:first])
+        for k in range(first, last + 1):
+            seen += self.sides[k] ** 2
+            ends.append((k, self.sides[k] ** 2, seen))
+        return ends
 
 
 class DensePolicy:
@@ -77,9 +107,46 @@ class DensePolicy:
 
     simulated = False
 
+    def share(self, layer: int, scale: int) -> str:
+        """What the two guidance halves share at this layer and scale: ``none``, ``map`` or ``output``."""
+        return "none"
+
     def attend(self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, layer: int, ctx: AttentionContext) -> Tensor:
-        if ctx.cache is not None:
-            ctx.cache.store(layer, k_BHnD, v_BHnD, ctx.start, ctx.positions_Bn)
-            rows = q_BHnD.shape[0]
-            k_BHnD, v_BHnD = ctx.cache.k[layer, :rows, :, : ctx.total], ctx.cache.v[layer, :rows, :, : ctx.total]
-        return F.scaled_dot_product_attention(q_BHnD, k_BHnD, v_BHnD, attn_mask=ctx.mask, is_causal=ctx.is_causal)
+        k_BHnD, v_BHnD = visible(k_BHnD, v_BHnD, layer, ctx)
+        if ctx.scales is None:
+            return F.scaled_dot_product_attention(
+                q_BHnD, k_BHnD, v_BHnD, attn_mask=ctx.mask, is_causal=ctx.is_causal, scale=ctx.scale
+            )  # fmt: skip
+        return by_scale(q_BHnD, k_BHnD, v_BHnD, ctx, lambda scale, q, k, v: dense_attention(q, k, v, ctx.scale))
+
+
+def visible(k_BHnD: Tensor, v_BHnD: Tensor, layer: int, ctx: AttentionContext) -> tuple[Tensor, Tensor]:
+    """The keys and values that the pass may see, the new ones included, which are stored where ``ctx`` says so.
+
+    Where both halves share a map, keys have the conditional rows only, whatever the cache holds.
+    """
+    if ctx.cache is None:
+        return k_BHnD, v_BHnD
+    if ctx.keep:
+        ctx.cache.store(layer, k_BHnD, v_BHnD, ctx.start, ctx.positions_Bn)
+        return ctx.cache.k[layer][: len(k_BHnD), :, : ctx.total], ctx.cache.v[layer][: len(v_BHnD), :, : ctx.total]
+    return tuple(
+        torch.cat((cache[layer][: len(new), :, : ctx.start], new), dim=2) for cache, new in ((ctx.cache.k, k_BHnD), (ctx.cache.v, v_BHnD))
+    )
+
+
+def by_scale(q_BHnD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, ctx: AttentionContext, attend: Callable[..., Tensor]) -> Tensor:
+    """``attend(scale, q, k, v)`` for the queries of each scale of the pass over the slots they see: block-causal without a mask."""
+    ends = ctx.scale_ends()
+    if len(ends) == 1:
+        return attend(ends[0][0], q_BHnD, k_BHTD, v_BHTD)
+    parts = zip(ends, q_BHnD.split([num for _, num, _ in ends], dim=2), strict=True)
+    return torch.cat([attend(scale, q, k_BHTD[:, :, :seen], v_BHTD[:, :, :seen]) for (scale, _, seen), q in parts], dim=2)
+
+
+def dense_attention(q_BHnD: Tensor, k_BHTD: Tensor, v_RHTD: Tensor, scale: float | None) -> Tensor:
+    """Attention over all slots. With R = 2B value rows, the map of row b serves the values of rows b and B + b."""
+    if len(v_RHTD) == len(q_BHnD):
+        return F.scaled_dot_product_attention(q_BHnD, k_BHTD, v_RHTD, scale=scale)
+    both = F.scaled_dot_product_attention(q_BHnD, k_BHTD, torch.cat(v_RHTD.chunk(2), dim=-1), scale=scale)
+    return torch.cat(both.chunk(2, dim=-1))

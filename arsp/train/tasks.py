@@ -90,8 +90,9 @@ class TokenizerTask(Task):
             dead = self.usage < 0.02 * self.usage.mean()
         else:
             return
-        self.trained.quantize.embedding.weight[dead] = draw(int(dead.sum()))
-        self.usage[dead] = self.usage.mean()
+        if dead.any():
+            self.trained.quantize.embedding.weight[dead] = draw(int(dead.sum()))
+            self.usage[dead] = self.usage.mean()
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         parts = [to_pixels(part).to(self.usage.device) for part in self.held_out.split(256)]
