@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,42 +17,54 @@ from torch import Tensor
 from arsp.errors import ConfigError, ResourceError, nearest
 from arsp.kernels import build, ops, reference
 
-__all__ = ["BACKENDS", "MAX_ROWS", "backends", "set_backend", "small_linear"]
+__all__ = ["BACKENDS", "MAX_ROWS", "OPS", "backends", "set_backend", "small_linear", "windowed_scale_attention"]
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 MAX_ROWS = 16  # up to here the weights are what a linear layer waits for; beyond, torch's blocked product is better
+OPS = {  # name -> where its compiled kernel is used
+    "small_linear": f"float32 and bfloat16, up to {MAX_ROWS} rows on the CPU without gradient, torch otherwise",
+    "windowed_scale_attention": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
+}
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _wanted: str | None = None  # None: $ARSP_KERNELS, or auto
-_kernel: Callable | None = None  # the compiled op once it is loaded
-_reason: str | None = None  # why _kernel is what it is; None = not decided yet
+_compiled = False  # the library is loaded and to be used
+_reason: str | None = None  # its instruction set, or why it is not used; None = not decided yet
 _lock = threading.Lock()
 
 
 def _decide() -> None:
     """Load the CPU kernels (compiling them if this machine has not yet), or note why they cannot be."""
-    global _kernel, _reason
+    global _compiled, _reason
     if _wanted is None:
         set_backend(os.environ.get("ARSP_KERNELS") or "auto")
     with _lock:
         if _reason is not None:
             return
         if _wanted == "reference":
-            _kernel, _reason = None, "chosen with --kernels reference"
+            _compiled, _reason = False, "chosen with --kernels reference"
             return
         try:
-            isa = build.load_library()
+            _compiled, _reason = True, build.load_library()
         except ResourceError as error:
-            _kernel, _reason = None, error.message
-            return
-        _kernel = ops.small_linear
-        _reason = f"{isa}; float32 and bfloat16, up to {MAX_ROWS} rows on the CPU without gradient, torch otherwise"
+            _compiled, _reason = False, error.message
+
+
+def _applies(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels take these floating-point tensors. The first time, this decides whether there are any."""
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.dtype not in _DTYPES or (grad and tensor.requires_grad):
+            return False
+    if _reason is None and not torch.compiler.is_compiling():
+        _decide()
+    return _compiled
 
 
 def set_backend(name: str) -> None:
     """Choose among ``BACKENDS`` for this process. ConfigError: unknown, or no op has such a kernel. ResourceError: ``cpu`` was
     asked for and the kernels cannot be compiled, or ``cuda`` and there is no such device."""
-    global _wanted, _kernel, _reason
+    global _wanted, _compiled, _reason
     if name not in BACKENDS:
         raise ConfigError(f"unknown kernel back end {name!r}", nearest(name, BACKENDS))
     if name == "cuda":
@@ -60,10 +72,10 @@ def set_backend(name: str) -> None:
             raise ResourceError("--kernels cuda: no CUDA device is available", "Use --kernels auto.")
         raise ConfigError("--kernels cuda: no op has a CUDA kernel; torch's own are used on the GPU", "Use --kernels auto.")
     with _lock:
-        _wanted, _kernel, _reason = name, None, None
+        _wanted, _compiled, _reason = name, False, None
     if name == "cpu":
         _decide()
-        if _kernel is None:
+        if not _compiled:
             raise ResourceError(f"--kernels cpu: {_reason}", "Use --kernels auto or --kernels reference.")
 
 
@@ -75,11 +87,13 @@ def backends() -> list[dict[str, str]]:
         try:
             if not build.library_path().exists():
                 reason = f"compiled at the first use with {build.compiler_version()} into {build.cache_root()}"
-                return [{"op": "small_linear", "backend": "cpu", "reason": reason}]
+                return [{"op": op, "backend": "cpu", "reason": reason} for op in OPS]
         except ResourceError:
             pass  # _decide meets the same error and words it
     _decide()
-    return [{"op": "small_linear", "backend": "reference" if _kernel is None else "cpu", "reason": str(_reason)}]
+    if _compiled:
+        return [{"op": op, "backend": "cpu", "reason": f"{_reason}; {where}"} for op, where in OPS.items()]
+    return [{"op": op, "backend": "reference", "reason": str(_reason)} for op in OPS]
 
 
 def small_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -88,15 +102,55 @@ def small_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     Every weight is read once for all rows, and a row's result does not depend on the other rows. Where the kernel does not
     apply (more than ``MAX_ROWS`` rows, gradients, another device or dtype, no compiler) this is ``torch.nn.functional.linear``.
     """
-    if not x_MK.is_cpu or (torch.is_grad_enabled() and (x_MK.requires_grad or weight_NK.requires_grad)):
-        return reference.small_linear(x_MK, weight_NK)
-    if _reason is None and not torch.compiler.is_compiling():
-        _decide()
-    if _kernel is None or x_MK.dtype not in _DTYPES or weight_NK.dtype not in _DTYPES or not weight_NK.is_contiguous():
+    width = x_MK.shape[-1]
+    if width == 0 or x_MK.numel() > MAX_ROWS * width or not weight_NK.is_contiguous() or not _applies(x_MK, weight_NK):
         return reference.small_linear(x_MK, weight_NK)
     if x_MK.dim() == 2:
-        return _kernel(x_MK, weight_NK) if x_MK.shape[0] <= MAX_ROWS else reference.small_linear(x_MK, weight_NK)
-    width = x_MK.shape[-1]
-    if width == 0 or x_MK.numel() > MAX_ROWS * width:
-        return reference.small_linear(x_MK, weight_NK)
-    return _kernel(x_MK.reshape(-1, width), weight_NK).view(*x_MK.shape[:-1], weight_NK.shape[0])
+        return ops.small_linear(x_MK, weight_NK)
+    return ops.small_linear(x_MK.reshape(-1, width), weight_NK).view(*x_MK.shape[:-1], weight_NK.shape[0])
+
+
+def windowed_scale_attention(
+    q_BHnD: Tensor, k_BHTD: Tensor, v_GHTD: Tensor, windows_Hs: Tensor, sides: Sequence[int], scale_index: int
+) -> Tensor:
+    """Attention of the queries of scale s = ``scale_index`` to windows in the maps of scales 0..s, each head with its own
+    (2-D form of the windows of LiteVAR, arXiv 2411.17178).
+
+    Args:
+        q_BHnD: (B, H, n_s, D), already scaled: the softmax is of ``q k^T``.
+        k_BHTD: (B, H, T, D), T = n_0 + ... + n_s, maps one after another in raster order.
+        v_GHTD: (G B, H, T, Dv), G = 1 or 2: rows b and B + b are weighted with the attention map of row b, computed once.
+        windows_Hs: int32 (H, s + 1). -1: every key of map u; 0: none; r >= 1: keys at |row - cy| <= r and |column - cx| <= r, where
+            query (y, x) of side pn_s has its centre at cy = (y + 0.5) pn_u / pn_s - 0.5, cx alike.
+        sides: pn_0 .. pn_s, or more.
+
+    Returns (G B, H, n_s, Dv), dtype of q, exact softmax over the kept keys; NaN for a query that keeps none. float32 and bfloat16,
+    float32 sums. Views of a cache are read in place (last stride 1). Where the kernel does not apply (gradients, another device or
+    dtype, no compiler) the dense reference runs. ConfigError: shapes that do not fit together.
+    """
+    _check_windowed(q_BHnD, k_BHTD, v_GHTD, windows_Hs, sides, scale_index)
+    apply = ops.windowed_scale_attention if _applies(q_BHnD, k_BHTD, v_GHTD) else reference.windowed_scale_attention
+    return apply(q_BHnD, k_BHTD, v_GHTD, windows_Hs, sides, scale_index)
+
+
+def _check_windowed(q_BHnD: Tensor, k_BHTD: Tensor, v_GHTD: Tensor, windows_Hs: Tensor, sides: Sequence[int], scale_index: int) -> None:
+    if not 0 <= scale_index < len(sides):
+        raise ConfigError(f"windowed_scale_attention: no scale {scale_index} among {len(sides)} sides.", "Scales count from 0.")
+    total, queries = sum(side * side for side in sides[: scale_index + 1]), sides[scale_index] ** 2
+    batch, heads, width = q_BHnD.shape[0], q_BHnD.shape[1], q_BHnD.shape[-1]
+    for name, tensor, allowed in (
+        ("q", q_BHnD, [(batch, heads, queries, width)]),
+        ("k", k_BHTD, [(batch, heads, total, width)]),
+        ("v", v_GHTD, [(sets * batch, heads, total, v_GHTD.shape[-1]) for sets in (1, 2)]),
+        ("windows", windows_Hs, [(heads, scale_index + 1)]),
+    ):
+        if tuple(tensor.shape) not in allowed:
+            expected = " or ".join(str(shape) for shape in allowed)
+            raise ConfigError(
+                f"windowed_scale_attention: {name} has shape {tuple(tensor.shape)}, expected {expected}.",
+                f"Scale {scale_index} of sides {tuple(sides)} has {queries} queries and {total} keys.",
+            )
+    if windows_Hs.dtype != torch.int32:
+        raise ConfigError(f"windowed_scale_attention: windows are {windows_Hs.dtype}, expected torch.int32.")
+    if not q_BHnD.dtype == k_BHTD.dtype == v_GHTD.dtype:
+        raise ConfigError(f"windowed_scale_attention: q, k, v differ in type: {q_BHnD.dtype}, {k_BHTD.dtype}, {v_GHTD.dtype}.")

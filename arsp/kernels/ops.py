@@ -6,6 +6,8 @@ The compiled library adds a faster implementation under the dispatch key CPU whe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,4 +24,17 @@ def _(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     return x_MK.new_empty((x_MK.shape[0], weight_NK.shape[0]))
 
 
+torch.library.define(
+    "arsp::windowed_scale_attention", "(Tensor q, Tensor k, Tensor v, Tensor windows, int[] sides, int scale_index) -> Tensor"
+)
+torch.library.impl("arsp::windowed_scale_attention", "CompositeExplicitAutograd", reference.windowed_scale_attention)
+
+
+@torch.library.register_fake("arsp::windowed_scale_attention")
+def _(q_BHnD: Tensor, k_BHTD: Tensor, v_GHTD: Tensor, windows_Hs: Tensor, sides: Sequence[int], scale_index: int) -> Tensor:
+    torch._check(q_BHnD.dim() == 4 and v_GHTD.dim() == 4, lambda: "windowed_scale_attention: expected q (B, H, n, D), v (G B, H, T, Dv)")
+    return q_BHnD.new_empty((v_GHTD.shape[0], *q_BHnD.shape[1:3], v_GHTD.shape[3]))
+
+
 small_linear = torch.ops.arsp.small_linear.default
+windowed_scale_attention = torch.ops.arsp.windowed_scale_attention.default

@@ -17,6 +17,8 @@
 #include <immintrin.h>
 #endif
 
+#include "isa.h"
+
 namespace {
 
 using Bf16 = c10::BFloat16;
@@ -37,33 +39,8 @@ inline float to_float(Bf16 w) { return static_cast<float>(w); }
 #define ARSP_IN_REGISTER(v)
 #endif
 
-#if defined(__x86_64__)
-namespace avx512_bf16 {
-#define ARSP_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
-#define ARSP_LANES 16
-#define ARSP_BLOCK_ROWS(MR) (MR == 1 ? 1 : MR == 2 ? 8 : MR == 3 ? 6 : MR <= 6 ? 4 : 3)
-#define ARSP_BF16_DOT
-#include "small_linear_block.h"
-}  // namespace avx512_bf16
-namespace avx512 {
-#define ARSP_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
-#define ARSP_LANES 16
-#define ARSP_BLOCK_ROWS(MR) (MR == 1 ? 1 : MR == 2 ? 8 : MR == 3 ? 6 : MR <= 6 ? 4 : 3)
-#include "small_linear_block.h"
-}  // namespace avx512
-namespace avx2 {
-#define ARSP_TARGET __attribute__((target("avx2,fma")))
-#define ARSP_LANES 8
-#define ARSP_BLOCK_ROWS(MR) (MR == 1 ? 1 : MR <= 3 ? 4 : MR == 4 ? 3 : MR <= 6 ? 2 : 1)
-#include "small_linear_block.h"
-}  // namespace avx2
-#endif
-namespace portable {
-#define ARSP_TARGET
-#define ARSP_LANES 4
-#define ARSP_BLOCK_ROWS(MR) (MR == 1 ? 1 : MR <= 3 ? 4 : MR == 4 ? 3 : MR <= 6 ? 2 : 1)
-#include "small_linear_block.h"
-}  // namespace portable
+#define ARSP_BLOCK "small_linear_block.h"
+#include "each_isa.h"
 
 template <typename W, typename X>
 using Rows = void (*)(const W* w, const X* x, int64_t K, float* out, int64_t out_stride, int64_t begin, int64_t end);
@@ -79,21 +56,6 @@ struct Versions {
     { ISA::rows<1, W, X>, ISA::rows<2, W, X>, ISA::rows<3, W, X>, ISA::rows<4, W, X>, ISA::rows<5, W, X>, ISA::rows<6, W, X>, \
       ISA::rows<7, W, X>, ISA::rows<8, W, X> }                                                                          \
   }
-
-enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
-
-Isa detect() {
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
-#endif
-  return kPortable;
-}
-
-const Isa best_isa = detect();
-Isa isa = best_isa;
 
 template <typename W>
 Versions<W, float> versions() {
@@ -153,9 +115,3 @@ at::Tensor small_linear(const at::Tensor& x, const at::Tensor& weight) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(arsp, CPU, m) { m.impl("small_linear", small_linear); }
-
-// Uses an instruction set no better than the processor's (negative: the best one); returns the one in use, as in the list ISA of build.py.
-extern "C" int arsp_use_isa(int wanted) {
-  isa = wanted < 0 ? best_isa : static_cast<Isa>(std::min<int>(wanted, best_isa));
-  return isa;
-}

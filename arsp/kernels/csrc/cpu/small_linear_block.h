@@ -1,32 +1,27 @@
-// The inner block of small_linear, written once with GCC vector extensions. small_linear.cpp includes it once per instruction
-// set (so no include guard), inside a namespace, after defining
-//   ARSP_TARGET          the target attribute
-//   ARSP_LANES           floats in a vector register
-//   ARSP_BLOCK_ROWS(MR)  weight rows held in registers beside MR rows of a large x
-//   ARSP_BF16_DOT        only where the processor multiplies pairs of bfloat16 itself
+// The inner block of small_linear, written once with GCC vector extensions; each_isa.h includes it once per instruction set.
 
-typedef float vec __attribute__((vector_size(4 * ARSP_LANES)));
-typedef float vec_unaligned __attribute__((vector_size(4 * ARSP_LANES), aligned(4), may_alias));
-typedef uint16_t half_unaligned __attribute__((vector_size(2 * ARSP_LANES), aligned(2), may_alias));
-typedef uint32_t bits __attribute__((vector_size(4 * ARSP_LANES)));
+// Weight rows held in registers beside MR rows of a large x.
+#if ARSP_LANES == 16
+#define ARSP_BLOCK_ROWS(MR) (MR == 1 ? 1 : MR == 2 ? 8 : MR == 3 ? 6 : MR <= 6 ? 4 : 3)
+#else
+#define ARSP_BLOCK_ROWS(MR) (MR == 1 ? 1 : MR <= 3 ? 4 : MR == 4 ? 3 : MR <= 6 ? 2 : 1)
+#endif
 
 #ifdef ARSP_BF16_DOT
 // Both operands stay bfloat16: a register holds twice as many of them, and each float32 lane adds up two products.
 typedef __m512bh operand;
 constexpr int kStep = 2 * ARSP_LANES;
 
-ARSP_TARGET inline operand load(const Bf16* p) { return (operand)_mm512_loadu_si512(p); }
+ARSP_TARGET inline operand load_operand(const Bf16* p) { return (operand)_mm512_loadu_si512(p); }
 
 ARSP_TARGET inline vec multiply_add(operand a, operand b, vec sum) { return (vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
 #else
 typedef vec operand;
 constexpr int kStep = ARSP_LANES;
 
-ARSP_TARGET inline operand load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
-
-// bfloat16 is the upper half of a float32: widen the bits and shift them into place.
-ARSP_TARGET inline operand load(const Bf16* p) {
-  return (vec)(__builtin_convertvector(*reinterpret_cast<const half_unaligned*>(p), bits) << 16);
+template <typename T>
+ARSP_TARGET inline operand load_operand(const T* p) {
+  return load(p);
 }
 
 ARSP_TARGET inline vec multiply_add(operand a, operand b, vec sum) { return a * b + sum; }
@@ -63,11 +58,11 @@ ARSP_TARGET void block(const W* w, const X* x, int64_t K, float* out, int64_t ou
 #pragma GCC unroll 8
     for (int r = 0; r < NR; ++r) {
       __builtin_prefetch(reinterpret_cast<const char*>(w + r * K + k) + kPrefetchBytes);
-      w_k[r] = load(w + r * K + k);
+      w_k[r] = load_operand(w + r * K + k);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
-      operand x_k = load(x + m * K + k);
+      operand x_k = load_operand(x + m * K + k);
       ARSP_IN_REGISTER(x_k);
 #pragma GCC unroll 8
       for (int r = 0; r < NR; ++r) sum[r][m] = multiply_add(w_k[r], x_k, sum[r][m]);
@@ -96,7 +91,4 @@ ARSP_TARGET void rows(const W* w, const X* x, int64_t K, float* out, int64_t out
   for (; n < end; ++n) block<1, MR>(w + n * K, x, K, out + n, out_stride);
 }
 
-#undef ARSP_TARGET
-#undef ARSP_LANES
 #undef ARSP_BLOCK_ROWS
-#undef ARSP_BF16_DOT

@@ -1,0 +1,20 @@
+// The instruction set in use, one for the whole library: asked of the processor once, when the library is loaded.
+
+#pragma once
+
+#include <algorithm>
+
+enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };  // as in the list ISA of build.py
+
+inline Isa detect_isa() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kPortable;
+}
+
+inline const Isa best_isa = detect_isa();
+inline Isa isa = best_isa;

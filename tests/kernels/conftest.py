@@ -1,0 +1,15 @@
+import pytest
+
+from arsp.errors import ResourceError
+from arsp.kernels import build
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The compiled library, or a skip that says why there is none."""
+    try:
+        build.load_library()
+    except ResourceError as error:
+        pytest.skip(error.message)
+    yield build
+    build.use_isa(-1)
