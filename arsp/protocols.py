@@ -7,6 +7,7 @@ Shape legend of the whole project (suffix of tensor names):
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -31,9 +32,19 @@ class Layout:
     def raster(height: int, width: int) -> Layout:
         return Layout((height, width), tuple((i,) for i in range(height * width)))
 
+    @staticmethod
+    def next_scale(sides: tuple[int, ...]) -> Layout:
+        ends = [0, *itertools.accumulate(side * side for side in sides)]
+        return Layout((sides[-1], sides[-1]), tuple(tuple(range(a, b)) for a, b in itertools.pairwise(ends)))
+
     @property
     def num_tokens(self) -> int:
         return sum(len(block) for block in self.blocks)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Number of tokens known after each step."""
+        return tuple(itertools.accumulate(len(block) for block in self.blocks))
 
     @property
     def is_raster(self) -> bool:

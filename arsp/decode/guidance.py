@@ -42,3 +42,30 @@ class Guidance:
         if self.last_guided == float("inf"):
             return guided
         return torch.where((tokens_m <= self.last_guided).unsqueeze(-1), guided, cond)
+
+
+@dataclass(frozen=True)
+class RampGuidance:
+    """Guidance of VAR (arXiv 2404.02905): ``logits = (1 + t) c - t u`` with ``t = scale * k / (K - 1)`` at scale k of K.
+
+    note: another meaning of the number than LlamaGen's: 0 is off, 1.5 ends at 2.5 c - 1.5 u, and the first scale is never guided.
+    """
+
+    scale: float
+    num_scales: int
+    interval: int = -1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < float("inf"):
+            raise ConfigError(f"guidance scale {self.scale}: expected a number >= 0.")
+        if self.interval != -1:
+            raise ConfigError("--cfg-interval: the guidance of VAR is a ramp over scales.", "Drop it, or give a schedule with cfg: off rows.")
+
+    @property
+    def active(self) -> bool:
+        return self.scale > 0
+
+    def combine(self, cond: Tensor, uncond: Tensor, k: int) -> Tensor:
+        """Guided logits of scale k."""
+        t = self.scale * k / (self.num_scales - 1)
+        return (1 + t) * cond - t * uncond

@@ -67,6 +67,12 @@ class KVCache:
         kept.k, kept.v = [pick(x) for x in self.k], [pick(x) for x in self.v]
         return kept
 
+    def to(self, dtype: torch.dtype) -> KVCache:
+        """The same cache in another precision."""
+        cast = object.__new__(KVCache)
+        cast.k, cast.v = [x.to(dtype) for x in self.k], [x.to(dtype) for x in self.v]
+        return cast
+
     def bytes(self, length: int) -> int:
         """Bytes of ``length`` valid slots of every row, keys and values."""
         return sum(x.shape[0] * x.shape[1] * length * x.shape[3] * x.element_size() for x in (*self.k, *self.v))
@@ -78,7 +84,9 @@ class AttentionContext:
 
     ``mask`` is boolean, True = may see, ``(B | 1, 1, n, total)``; None with ``is_causal`` False means everything is visible.
     ``scale`` multiplies the logits (None: D^-0.5). With ``scales`` (next-scale models: first and last scale of the pass, and the
-    sides of all scales) the queries of each scale see the scales up to their own; ``keep`` False: the new keys are not stored.
+    sides of all scales) the queries of each scale see the scales up to their own; ``keep`` False: the new keys are not stored;
+    ``shares`` (one a layer; empty: none) says what the null half of the rows takes over from the conditional half: ``none``, ``map``
+    (the attention weights) or ``output``.
     """
 
     total: int
@@ -91,6 +99,7 @@ class AttentionContext:
     scales: tuple[int, int] | None = None
     sides: tuple[int, ...] = ()
     keep: bool = True
+    shares: Sequence[str] = ()
 
     def scale_ends(self) -> list[tuple[int, int, int]]:
         """(scale, number of its queries, slots they see) for every scale of the pass."""
