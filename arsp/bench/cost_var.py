@@ -187,12 +187,13 @@ def cache_bytes(
     dtype: torch.dtype = torch.float16,
 ) -> int:
     """Bytes of keys and values of one image. Nothing reads the last scale's after its own pass, so arsp does not keep them
-    (``last_scale`` False; the official code does). Null keys (map) and values (output) that are shared are not stored."""
+    (``last_scale`` False; the official code does). The null half's keys are not stored in a layer that shares at every scale, nor its
+    values in one that shares the output at every scale."""
     savings, rows, scales = _defaults(config, savings, guidance, None)
     scales = scales if last_scale else scales[:-1]
-    n, share = np.array(config.patch_nums)[scales] ** 2, savings.share_DK[:, scales]
-    stored = np.where(share == NONE, rows, 1) + np.where(share == OUTPUT, 1, rows)
-    return int((n * stored).sum()) * config.embed_dim * dtype.itemsize
+    slots, share = sum(config.patch_nums[k] ** 2 for k in scales), savings.share_DK[:, scales]
+    keys, values = (np.where((share >= at_least).all(1), 1, rows) for at_least in (MAP, OUTPUT))
+    return slots * int((keys + values).sum()) * config.embed_dim * dtype.itemsize
 
 
 # -------------------------------------------------------------------------------------------------------- collaboration

@@ -35,12 +35,11 @@ class LiteVARPolicy:
 
     2-D windows with the mask ``neginf`` skip what they leave out (:func:`arsp.kernels.windowed_scale_attention`). A (layer, scale) that
     would keep more than ``DENSE_ABOVE`` of its pairs is computed dense, without windows: ``dense_instead`` lists them. 1-D bands and the
-    two official masks are dense attention with a mask: ``simulated`` is True. ``counts`` says what was run. ``guided`` False: there is
-    no second half, so nothing is shared.
+    two official masks are dense attention with a mask: ``simulated`` is True. ``counts`` says what was run.
     """
 
-    def __init__(self, profile: Profile, *, guided: bool = True):
-        self.profile, self.guided = profile, guided
+    def __init__(self, profile: Profile):
+        self.profile = profile
         self.sides = tuple(profile.patch_nums)
         kept = profile.kept()
         windowed = kept < 1.0
@@ -55,17 +54,18 @@ class LiteVARPolicy:
 
     def share(self, layer: int, scale: int) -> str:
         """What the two guidance halves share: ``none``, ``map`` or ``output``."""
-        return self.profile.share_of(layer, scale) if self.guided else "none"
+        return self.profile.share_of(layer, scale)
 
     def attend(self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, layer: int, ctx: AttentionContext) -> Tensor:
         if ctx.sides != self.sides:
             raise ConfigError(f"LiteVAR windows for scales {list(self.sides)} met a pass over {list(ctx.sides) or 'a raster sequence'}.")
         k_BHTD, v_BHTD = visible(k_BHnD, v_BHnD, layer, ctx)
         scale = q_BHnD.shape[-1] ** -0.5 if ctx.scale is None else ctx.scale
-        return by_scale(q_BHnD, k_BHTD, v_BHTD, ctx, lambda s, q, k, v: self._attend(q, k, v, layer, s, scale))
+        shared_output = bool(ctx.shares) and ctx.shares[layer] == "output"
+        return by_scale(q_BHnD, k_BHTD, v_BHTD, ctx, lambda s, q, k, v: self._attend(q, k, v, layer, s, scale, shared_output))
 
-    def _attend(self, q_BHnD: Tensor, k_BHTD: Tensor, v_RHTD: Tensor, layer: int, s: int, scale: float) -> Tensor:
-        self._count(layer, s, len(q_BHnD), len(v_RHTD))
+    def _attend(self, q_BHnD: Tensor, k_BHTD: Tensor, v_RHTD: Tensor, layer: int, s: int, scale: float, shared_output: bool) -> Tensor:
+        self._count(layer, s, len(q_BHnD), len(v_RHTD), shared_output)
         if not self.windowed[layer, s]:
             return dense_attention(q_BHnD, k_BHTD, v_RHTD, scale)
         q_BHnD = q_BHnD if scale == 1 else q_BHnD * scale
@@ -81,12 +81,12 @@ class LiteVARPolicy:
             self._on_device[key] = torch.from_numpy(self.profile.win[layer, :, s, : s + 1].astype(np.int32)).to(device)
         return self._on_device[key]
 
-    def _count(self, layer: int, s: int, map_rows: int, value_rows: int) -> None:
-        # with sharing "output" the null half has no rows at all here; dense attention would have had them
-        halves = 2 * value_rows if self.share(layer, s) == "output" else value_rows
+    def _count(self, layer: int, s: int, map_rows: int, value_rows: int, shared_output: bool) -> None:
+        # where the halves share the output, the null rows do not get here; dense attention would have had them
+        rows = 2 * value_rows if shared_output else value_rows
         count, pairs, dense = self.counts[s], int(self._pairs[layer, s]), self._dense[s]
-        count.dense += 2 * halves * dense
-        count.windowed += 2 * halves * pairs
+        count.dense += 2 * rows * dense
+        count.windowed += 2 * rows * pairs
         count.executed += (map_rows + value_rows) * (pairs if self.windowed[layer, s] and not self.simulated else dense)
 
     def report(self) -> dict[str, Any]:
@@ -119,16 +119,16 @@ class CalibrationPolicy:
     def attend(self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, layer: int, ctx: AttentionContext) -> Tensor:
         k_BHTD, v_BHTD = visible(k_BHnD, v_BHnD, layer, ctx)
         scale = q_BHnD.shape[-1] ** -0.5 if ctx.scale is None else ctx.scale
-        return by_scale(q_BHnD, k_BHTD, v_BHTD, ctx, lambda s, q, k, v: self._attend(q * scale, k, v, layer, s))
+        return by_scale(q_BHnD, k_BHTD, v_BHTD, ctx, lambda s, q, k, v: self._attend(q * scale, k, v, layer, s, bool(ctx.shares)))
 
-    def _attend(self, q_RHnD: Tensor, k_RHTD: Tensor, v_RHTD: Tensor, layer: int, s: int) -> Tensor:
+    def _attend(self, q_RHnD: Tensor, k_RHTD: Tensor, v_RHTD: Tensor, layer: int, s: int, two_halves: bool) -> Tensor:
         map_RHnT = (q_RHnD @ k_RHTD.mT).float().softmax(-1)
         if s in self.scales:
             if (layer, s) not in self.histograms:
                 self.histograms[layer, s] = MassHistogram(self.heads, self.sides, s, self.geometry, self.cut)
             self.histograms[layer, s].add(map_RHnT)
         out_RHnD = map_RHnT.to(v_RHTD.dtype) @ v_RHTD
-        if len(map_RHnT) % 2 == 0:
+        if two_halves:
             squares = [float(x.double().square().sum()) for pair in (map_RHnT, out_RHnD) for x in _difference(pair)]
             self._squares[layer, s] = self._squares.get((layer, s), 0.0) + np.array(squares)
         return out_RHnD

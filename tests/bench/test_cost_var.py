@@ -1,7 +1,5 @@
 """The count of VAR against published figures, and against the operations that torch counts."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 
@@ -17,36 +15,27 @@ from arsp.bench.cost_var import (
     total_macs,
 )
 from arsp.errors import ConfigError
+from arsp.models.var import VARConfig
 from arsp.tokenizers.var_vqvae import PATCH_NUMS, VQVAEConfig
 
 SIDES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 PUBLISHED_KEPT = 0.2966  # the official script's figure for VAR-d30
 
 
-@dataclass
-class Sizes:
-    depth: int
-    patch_nums: tuple[int, ...] = PATCH_NUMS[256]
-    shared_aln: bool = False
-    mlp_ratio: float = 4.0
-    vocab_size: int = 4096
-    code_dim: int = 32
-
-    @property
-    def embed_dim(self) -> int:
-        return 64 * self.depth
+def sizes_of(depth, patch_nums=PATCH_NUMS[256], shared_aln=False):
+    return VARConfig(depth=depth, embed_dim=64 * depth, num_heads=depth, patch_nums=patch_nums, shared_aln=shared_aln)
 
 
 @pytest.mark.parametrize(
     ("sizes", "attention", "linears", "head", "adaln", "both_tera"),
     [
-        (Sizes(16), 18.8, 273.8, 5.7, 2.1, 0.601),
-        (Sizes(20), 29.3, 534.8, 7.1, 4.0, 1.150),
-        (Sizes(24), 42.2, 924.1, 8.6, 6.9, 1.964),
-        (Sizes(30), 66.0, 1804.9, 10.7, 13.4, 3.790),
-        (Sizes(16, PATCH_NUMS[512]), 214.3, 901.9, 18.8, 2.1, 2.274),
-        (Sizes(36, PATCH_NUMS[512]), 1084.9, 10273.7, 42.3, 23.1, 22.85),
-        (Sizes(16, SIDES_1024), 3732.6, 3805.5, 79.3, 2.9, 15.24),
+        (sizes_of(16), 18.8, 273.8, 5.7, 2.1, 0.601),
+        (sizes_of(20), 29.3, 534.8, 7.1, 4.0, 1.150),
+        (sizes_of(24), 42.2, 924.1, 8.6, 6.9, 1.964),
+        (sizes_of(30), 66.0, 1804.9, 10.7, 13.4, 3.790),
+        (sizes_of(16, PATCH_NUMS[512]), 214.3, 901.9, 18.8, 2.1, 2.274),
+        (sizes_of(36, PATCH_NUMS[512]), 1084.9, 10273.7, 42.3, 23.1, 22.85),
+        (sizes_of(16, SIDES_1024), 3732.6, 3805.5, 79.3, 2.9, 15.24),
     ],
 )
 def test_the_table_of_official_sizes(sizes, attention, linears, head, adaln, both_tera):
@@ -63,7 +52,7 @@ def test_the_table_of_official_sizes(sizes, attention, linears, head, adaln, bot
 
 
 def test_litevar_savings_and_the_papers_figure():
-    cost = attention_cost(Sizes(30), dense_savings(Sizes(30), kept=PUBLISHED_KEPT, share=MAP))
+    cost = attention_cost(sizes_of(30), dense_savings(sizes_of(30), kept=PUBLISHED_KEPT, share=MAP))
     lines = {part.name: round(100 * saved, 1) for part, saved in cost.lines()}
     assert cost.pairs == 286_434
     assert lines == {
@@ -72,12 +61,12 @@ def test_litevar_savings_and_the_papers_figure():
         "attention, windowed and shared": 77.8,
         "attention, as the LiteVAR paper counts sharing": 85.2,
     }
-    output = attention_cost(Sizes(30), dense_savings(Sizes(30), kept=PUBLISHED_KEPT, share=OUTPUT))
+    output = attention_cost(sizes_of(30), dense_savings(sizes_of(30), kept=PUBLISHED_KEPT, share=OUTPUT))
     assert output.shared == output.official_claim  # what the paper counts is what sharing the output would give
 
 
 def test_sharing_saves_projections_and_cache():
-    sizes = Sizes(30)
+    sizes = sizes_of(30)
     linears = lambda savings: sum(p.macs for p in count_parts(sizes, savings) if p.name in ("qkv", "proj", "fc1", "fc2"))
     for share, linear, cache in ((MAP, 1 / 12, 0.25), (OUTPUT, 1 / 6, 0.5)):
         savings = dense_savings(sizes, share=share)
@@ -86,7 +75,7 @@ def test_sharing_saves_projections_and_cache():
 
 
 def test_sharing_of_some_layers_and_scales_only():
-    sizes = Sizes(2, (1, 2))
+    sizes = sizes_of(2, (1, 2))
     savings = dense_savings(sizes)
     savings.share_DK[1, 1] = MAP
     cost, C = attention_cost(sizes, savings), sizes.embed_dim
@@ -96,7 +85,7 @@ def test_sharing_of_some_layers_and_scales_only():
 
 
 def test_without_guidance_there_is_one_half_and_nothing_to_share():
-    sizes = Sizes(16)
+    sizes = sizes_of(16)
     halves, one = count_parts(sizes), count_parts(sizes, dense_savings(sizes, share=OUTPUT), guidance=False)
     assert [2 * p.macs for p in one if p.name != "word_embed"] == [p.macs for p in halves if p.name != "word_embed"]
     assert cache_bytes(sizes, guidance=False) * 2 == cache_bytes(sizes)
@@ -104,7 +93,7 @@ def test_without_guidance_there_is_one_half_and_nothing_to_share():
 
 @pytest.mark.parametrize(
     ("sizes", "megabytes", "kept"),
-    [(Sizes(16), 89.1, 0.624), (Sizes(30), 313.3, 0.624), (Sizes(36, PATCH_NUMS[512]), 1486.4, 0.543)],
+    [(sizes_of(16), 89.1, 0.624), (sizes_of(30), 313.3, 0.624), (sizes_of(36, PATCH_NUMS[512]), 1486.4, 0.543)],
 )
 def test_cache_with_and_without_the_last_scale(sizes, megabytes, kept):
     full = cache_bytes(sizes, last_scale=True)
@@ -119,11 +108,11 @@ def test_tokenizer_decoder(size, giga_flop):
 
 @pytest.mark.parametrize(("draft_scales", "ratio"), [(9, 1.29), (8, 1.90), (7, 2.63), (6, 3.47)])
 def test_collaborative_decoding_of_d30_and_d16(draft_scales, ratio):
-    assert collab_cost(Sizes(30), Sizes(16), draft_scales).ratio == pytest.approx(ratio, abs=0.01)
+    assert collab_cost(sizes_of(30), sizes_of(16), draft_scales).ratio == pytest.approx(ratio, abs=0.01)
 
 
 def test_scales_add_up():
-    sizes, once = Sizes(16), ("ada_lin", "head ada_lin")
+    sizes, once = sizes_of(16), ("ada_lin", "head ada_lin")
     whole = {p.name: p.macs for p in count_parts(sizes)}
     halves = [{p.name: p.macs for p in count_parts(sizes, scales=scales)} for scales in (range(6), range(6, 10))]
     assert all(whole[name] == sum(half[name] for half in halves) for name in whole if name not in once)
@@ -136,13 +125,13 @@ def test_scales_add_up():
 
 def test_impossible_collaborations_are_refused():
     with pytest.raises(ConfigError, match="1..9"):
-        collab_cost(Sizes(30), Sizes(16), 10)
+        collab_cost(sizes_of(30), sizes_of(16), 10)
     with pytest.raises(ConfigError, match="one tokenizer"):
-        collab_cost(Sizes(36, PATCH_NUMS[512]), Sizes(16), 8)
+        collab_cost(sizes_of(36, PATCH_NUMS[512]), sizes_of(16), 8)
 
 
 def test_kept_pairs_may_differ_by_layer_and_scale():
-    sizes = Sizes(2, (1, 2, 3))
+    sizes = sizes_of(2, (1, 2, 3))
     kept = np.array([[1, 1, 1], [1, 1, 0.5]])
     cost = attention_cost(sizes, dense_savings(sizes, kept=kept))
     assert cost.dense - cost.windowed == 2 * 2 * sizes.embed_dim * 63

@@ -31,8 +31,16 @@ def qkv(rows, first, last, seed=0):
     return [torch.randn(rows, HEADS, n, WIDTH, generator=generator) for _ in range(3)]
 
 
-def context(first, last, **more):
-    return AttentionContext(ENDS[last], start=ENDS[first - 1] if first else 0, scale=0.7, scales=(first, last), sides=SIDES, **more)
+def context(first, last, share="none", **more):
+    return AttentionContext(
+        ENDS[last],
+        shares=[share] * 2 if share else (),
+        start=ENDS[first - 1] if first else 0,
+        scale=0.7,
+        scales=(first, last),
+        sides=SIDES,
+        **more,
+    )
 
 
 def expected(q, k, v, profile, layer, first, last, scale=0.7):
@@ -66,7 +74,7 @@ def test_scale_by_scale_through_the_cache_with_a_shared_map():
     cache = KVCache(2, 2 * B, HEADS, ENDS[2], WIDTH, dtype=q.dtype, device="cpu", key_rows=[B, B])
     got, start = [], 0
     for s, end in enumerate(ENDS):
-        ctx = context(s, s, cache=cache, keep=s < 3)
+        ctx = context(s, s, "map", cache=cache, keep=s < 3)
         got.append(policy.attend(q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], 0, ctx))
         start = end
     assert policy.share(0, 3) == "map"
@@ -81,12 +89,12 @@ def test_counts_say_what_was_run():
     dense, kept = HEADS * 25 * ENDS[3], int(pairs_per_scale(profile.win, SIDES, "2d")[0, :, 3].sum())
     for masked, executed in ((profile, 6 * kept), (replace(profile, geometry="1d"), 6 * dense)):
         policy = LiteVARPolicy(masked)
-        policy.attend(q, k, v, 0, replace(context(3, 3), cache=None))
+        policy.attend(q, k, v, 0, replace(context(3, 3, "map"), cache=None))
         count = policy.counts[3]
         assert count.dense == 2 * 4 * dense and count.executed == executed  # two products, four rows; maps of two of them
     assert LiteVARPolicy(profile).report()["pairs"] == {"dense": 0, "windowed": 0, "executed": 0}
     policy = LiteVARPolicy(profile)
-    policy.attend(q, k, v, 0, context(3, 3))
+    policy.attend(q, k, v, 0, context(3, 3, "map"))
     report = policy.report()
     assert report["executed_share"] == pytest.approx(6 * kept / (8 * dense)) and report["pairs"]["windowed"] == 8 * kept
     assert [entry["scale"] for entry in report["scales"]] == [3] and not report["simulated"]
@@ -97,11 +105,11 @@ def test_sharing_the_output_counts_the_half_that_is_not_there():
     q, k, v = qkv(2, 3, 3)
     k, v = (torch.randn(2, HEADS, ENDS[3], WIDTH) for _ in range(2))
     policy = LiteVARPolicy(profile)
-    policy.attend(q, k, v, 1, context(3, 3))
+    policy.attend(q, k, v, 1, context(3, 3, "output"))
     assert policy.counts[3].executed * 2 == policy.counts[3].dense
-    unguided = LiteVARPolicy(profile, guided=False)
-    unguided.attend(q, k, v, 1, context(3, 3))
-    assert unguided.counts[3].executed == unguided.counts[3].dense and unguided.share(0, 3) == "none"
+    unguided = LiteVARPolicy(profile)
+    unguided.attend(q, k, v, 1, context(3, 3, share=""))
+    assert unguided.counts[3].executed == unguided.counts[3].dense
 
 
 def test_wide_windows_are_computed_dense_and_said_so():
