@@ -19,6 +19,7 @@ COMMANDS = {
     "sample": "arsp.cli.sample:sample",
     "evaluate": "arsp.cli.evaluate:evaluate",
     "bench": "arsp.cli.bench:bench",
+    "bench cost": "arsp.cli.bench_cost:cost",
     "bench exact": "arsp.cli.bench_exact:exact",
     "bench kernels": "arsp.cli.bench:kernels",
     "report": "arsp.cli.report:report",
