@@ -13,7 +13,7 @@ from arsp.errors import ConfigError, nearest
 
 # What arsp itself registers, so that a checkout that is not installed works too. pyproject.toml repeats it (a test compares them).
 BUILTINS: dict[str, dict[str, str]] = {
-    "families": {"llamagen": "arsp.zoo.families:LLAMAGEN"},
+    "families": {"llamagen": "arsp.zoo.families:LLAMAGEN", "var": "arsp.zoo.families:VAR"},
     "methods": {"dd1": "arsp.distill.pipeline:distill"},
     "samplers": {"ar": "arsp.decode.ar:ARGenerator"},
 }

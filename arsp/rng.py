@@ -30,6 +30,7 @@ class Purpose(enum.IntEnum):
     NOISE = 5  # Gaussian noise tokens of distilled decoding
     LABEL = 6
     METRIC = 7
+    SMOOTH = 8  # Gumbel noise of smoothed vectors
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

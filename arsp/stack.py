@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,13 +20,16 @@ from arsp.config import StrictModel
 from arsp.decode.baselines import MarginalGenerator, SkipGenerator, class_frequencies, parse_baseline
 from arsp.decode.few_step import FewStep, StudentGenerator, TeacherLoopGenerator, parse_teacher_range, step_counts
 from arsp.decode.filters import LogitsPipeline
-from arsp.decode.guidance import Guidance
+from arsp.decode.guidance import Guidance, RampGuidance
+from arsp.decode.schedule import ScaleRow, ScaleStep, describe_rows, load_schedule, parse_collab
+from arsp.decode.smooth import SmoothGenerator
 from arsp.errors import ConfigError, InputError
 from arsp.protocols import Generation, Generator, Request
 from arsp.registry import Registry
 from arsp.rng import keyed_labels
 from arsp.tokenizers.pixels import resize_for_evaluation, to_uint8
 from arsp.zoo.load import LoadedModel, ModelSource, cache_root, load_model, resolve
+from arsp.zoo.steps import check_steps, load_steps
 
 SAMPLERS = Registry("samplers")
 DEFAULT_BATCH = 64  # images at a time where the user does not say
@@ -52,6 +55,11 @@ class StackConfig(StrictModel):
     teacher_range: str | None = Field(None, description="N-M: the teacher regenerates codes N..M-1 (1-based) between two student passes")
     baseline: str | None = Field(None, description="naive, mode or skip-N instead of the sampler")
     random_weights: bool = Field(False, description="no checkpoint: cost only, the images are noise")
+    collab: str | None = Field(None, description="BIG:SMALL@N: the big model makes the first N scales (next-scale models)")
+    schedule: str | None = Field(None, description="YAML file, one row a scale: model, depth, attention, cfg, precision")
+    apply: list[str] = Field([], description="what makes a pass cheaper, e.g. litevar=PROFILE")
+    share: Literal["map"] | None = Field(None, description="guidance halves share the attention maps at every scale")
+    more_smooth: bool = Field(False, description="Gumbel-smoothed vectors instead of codes (next-scale; pictures, never metrics)")
     image_size: int | None = Field(None, ge=1, description="bicubic resize of the decoder's output before uint8")
 
 
@@ -65,7 +73,9 @@ class Stack:
     generator: Generator
     device: torch.device
     pipeline: LogitsPipeline
-    guidance: Guidance
+    guidance: Guidance | RampGuidance
+    rows: list[ScaleRow] = field(default_factory=list)
+    steps: list[ScaleStep] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)
     batch_seconds: list[tuple[int, float]] = field(default_factory=list)
 
@@ -128,10 +138,17 @@ class Stack:
             "rng": self.config.rng,
             "num_tokens": source.layout.num_tokens,
             "grid": list(source.layout.grid),
+            **({"schedule": describe_rows(self.rows, self.sides, self.model.dtype)} if self.rows else {}),
         }
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Sides of the scales of a next-scale model."""
+        return tuple(self.model.source.config["patch_nums"])
 
     def cost(self) -> dict[str, Any]:
         """The ``cost`` block of a record from the batches made so far (wall clock of codes + decoding)."""
+        reports = self.attention_reports()
         per_image = sorted(seconds / rows * 1000 for rows, seconds in self.batch_seconds) or [None]
         total = sum(seconds for _, seconds in self.batch_seconds)
         return {
@@ -140,9 +157,19 @@ class Stack:
             "kv_bytes": self.stats.get("kv_bytes"),
             "latency_ms": {"p50": per_image[len(per_image) // 2], "p95": per_image[min(len(per_image) - 1, int(len(per_image) * 0.95))]},
             "images_per_s": sum(rows for rows, _ in self.batch_seconds) / total if total else None,
-            "weight_bytes": self.model.weight_bytes(),
-            "simulated": False,
+            "weight_bytes": sum(p.numel() * p.element_size() for module in self.modules() for p in module.parameters()),
+            "simulated": any(step.policy.simulated for step in self.steps),
+            **({"attention": reports} if reports else {}),
         }
+
+    def modules(self) -> list[Any]:
+        """Every network of the stack once."""
+        return list({id(module): module for module in (self.model.module, *(step.model for step in self.steps))}.values())
+
+    def attention_reports(self) -> list[dict[str, Any]]:
+        """What each policy of the schedule computed and what it left out, over all images so far."""
+        policies = {id(step.policy): step for step in self.steps if hasattr(step.policy, "report")}
+        return [{"model": step.owner or self.model.name, **step.policy.report()} for step in policies.values()]
 
 
 def check(config: StackConfig) -> ModelSource:
@@ -154,15 +181,21 @@ def check(config: StackConfig) -> ModelSource:
         raise InputError(f"{source.name} is a student: it needs the codebook of its tokenizer.", "Give --tokenizer FILE.")
     tokens = source.layout.num_tokens
     only_student = {"--student-steps": config.student_steps, "--split": config.split, "--teacher-range": config.teacher_range}
+    wanted = next_scale_options(config)
+    if wanted and (source.layout.is_raster or source.kind != "teacher"):
+        raise ConfigError(f"{', '.join(wanted)}: needs a next-scale teacher, {source.name} is none.", "Use --model var.")
     if source.kind == "teacher":
         for option, value in only_student.items():
             if value is not None:
                 raise ConfigError(
-                    f"{option} belongs to a distilled student; {source.name} is a teacher.", "Use --model llamagen-dd1, or distil your own."
+                    f"{option} belongs to a distilled student; {source.name} is a teacher.",
+                    f"Use --model {source.family.student}, or distil your own.",
                 )
         SAMPLERS.get(config.sampler)
         if config.baseline:
             parse_baseline(config.baseline, tokens)
+        if wanted:
+            check_steps(schedule_rows(config, source), source, config.random_weights)
             if config.rng != "keyed":
                 raise ConfigError(f"--rng {config.rng} has no effect on --baseline {config.baseline}, which draws with the keyed stream.")
     else:
@@ -192,8 +225,38 @@ def check(config: StackConfig) -> ModelSource:
         if config.teacher_range:
             parse_teacher_range(config.teacher_range, tokens)
             _teacher_source(source)
-    sampling_rule(source.card, config)
+    sampling_rule(source, config)
     return source
+
+
+def next_scale_options(config: StackConfig) -> list[str]:
+    """The options in use that only a next-scale teacher has."""
+    given = {
+        "--collab": config.collab, "--schedule": config.schedule, "--apply": config.apply, "--share": config.share,
+        "--more-smooth": config.more_smooth,
+    }  # fmt: skip
+    return [option for option, value in given.items() if value]
+
+
+def schedule_rows(config: StackConfig, source: ModelSource) -> list[ScaleRow]:
+    """One row a scale from the schedule file and the options that fill its columns. ConfigError when they contradict each other."""
+    K = len(source.layout.blocks)
+    rows = load_schedule(config.schedule, K) if config.schedule else [ScaleRow()] * K
+    if config.collab:
+        big, small, count = parse_collab(config.collab, K)
+        if config.schedule:
+            raise ConfigError("--collab and --schedule both choose models.", "Write the models into the schedule's rows.")
+        if resolve(big).name != source.name:
+            raise ConfigError(f"--collab {config.collab}: the big model is not --model {source.name}.", f"Use --model {big}.")
+        rows = [*rows[:count], *(row.model_copy(update={"model": small}) for row in rows[count:])]
+    for text in config.apply:
+        name = text.partition("=")[0]
+        if name != "litevar":
+            raise ConfigError(f"--apply {text}: unknown transform or policy '{name}'.", "Known: litevar=PROFILE")
+        rows = [row.model_copy(update={"attention": text}) if row.model == "" and row.attention == "dense" else row for row in rows]
+    if config.share:
+        rows = [row.model_copy(update={"cfg": "shared"}) if row.cfg == "full" else row for row in rows]
+    return rows
 
 
 def build(
@@ -205,9 +268,10 @@ def build(
     """Check, load and connect. ``log`` is told about anything that takes long before the first image."""
     source = check(config)
     model = load_model(source, device, dtype, random_weights=config.random_weights)
-    teacher = model if source.kind == "teacher" else _teacher_of(source, config, device, dtype)
-    rule_of = teacher or model
-    guidance, pipeline = sampling_rule(rule_of.source.card, config)
+    teacher = model if source.kind == "teacher" else _teacher_of(model, config, device, dtype)
+    guidance, pipeline = sampling_rule((teacher or model).source, config)
+    rows: list[ScaleRow] = []
+    steps: list[ScaleStep] = []
     if source.kind == "student":
         settings = FewStep(step_counts(config.student_steps or 1, source.layout.num_tokens, source.card["known"][1:]), _split(config))
         student = lambda labels_B, x_BLE, known_B: model.module(labels_B, x_BLE.to(dtype), known_B)  # vectors stay float32
@@ -220,21 +284,28 @@ def build(
                 f"{source.label} pre-trained-{config.teacher_range}",
             )
     else:
-        decoder = model.decoder(guidance)
-        ar = SAMPLERS.get(config.sampler)(decoder, pipeline, config.rng)
+        if next_scale_options(config):
+            rows = schedule_rows(config, source)
+            steps = load_steps(rows, model, device, dtype, config.random_weights)
+        decoder = model.decoder(guidance, steps or None)
+        ar = SmoothGenerator(decoder, pipeline) if config.more_smooth else SAMPLERS.get(config.sampler)(decoder, pipeline, config.rng)
         generator, name = (
             (ar, source.label)
             if not config.baseline
             else (_baseline(config, model, decoder, pipeline, ar, log), f"{source.label} {config.baseline}")
         )
-    return Stack(config, name, model, generator, torch.device(device), pipeline, guidance)
+    if rows:
+        name = " + ".join([name, *(part for part in (config.collab, config.schedule, config.share, *config.apply) if part)])
+    return Stack(config, name, model, generator, torch.device(device), pipeline, guidance, rows, steps)
 
 
-def sampling_rule(card: dict[str, Any], config: StackConfig | Any) -> tuple[Guidance, LogitsPipeline]:
-    """Guidance and filters: the configuration's values, the card's where it is silent."""
-    rule = card.get("sampling") or {}
+def sampling_rule(
+    source: ModelSource, config: StackConfig | Any, card_rule: dict[str, Any] | None = None
+) -> tuple[Guidance | RampGuidance, LogitsPipeline]:
+    """Guidance and filters: the configuration's values, those of ``card_rule`` (the card's sampling rule) where it is silent."""
+    rule = card_rule or source.card.get("sampling") or {}
     pick = lambda key, default: getattr(config, key) if getattr(config, key) is not None else rule.get(key, default)  # noqa: E731
-    guidance = Guidance(pick("cfg", 1.0), config.cfg_interval)
+    guidance = source.family.guidance(pick("cfg", None), config.cfg_interval, source.config)
     return guidance, LogitsPipeline(pick("temperature", 1.0), int(pick("top_k", 0)), pick("top_p", 1.0), pick("top_h", 0.0))
 
 
@@ -247,13 +318,18 @@ def _teacher_source(student: ModelSource) -> ModelSource:
     if not student.card.get("teacher"):
         raise ConfigError(f"{student.name} does not say which teacher it was distilled from, and --teacher-range needs it.")
     teacher = resolve(student.card["teacher"])
-    if teacher.kind != "teacher" or any(teacher.config[key] != student.config[key] for key in ("vocab_size", "block_size")):
+    same = teacher.layout == student.layout and teacher.config["vocab_size"] == student.config["vocab_size"]
+    if teacher.kind != "teacher" or not same:
         raise ConfigError(f"{student.name} was not distilled from {teacher.name}: their codes differ.")
     return teacher
 
 
-def _teacher_of(source: ModelSource, config: StackConfig, device: torch.device | str, dtype: torch.dtype) -> LoadedModel | None:
-    return load_model(_teacher_source(source), device, dtype, with_tokenizer=False) if config.teacher_range else None
+def _teacher_of(student: LoadedModel, config: StackConfig, device: torch.device | str, dtype: torch.dtype) -> LoadedModel | None:
+    """The student's teacher, with the tokenizer that is loaded already, where it is in the loop."""
+    if not config.teacher_range:
+        return None
+    teacher = load_model(_teacher_source(student.source), device, dtype, with_tokenizer=False)
+    return replace(teacher, tokenizer=student.tokenizer)
 
 
 def _baseline(
@@ -269,7 +345,7 @@ def _baseline(
     if not cache.is_file():
         log(f"counting the teacher's codes over {num} samples (kept in {cache})")
     try:
-        device = decoder.model.output.weight.device
+        device = model.device
         table = class_frequencies(ar, decoder.layout, num_classes, decoder.vocab_size, num=num, seed=1_000_003, cache=cache, device=device)
     except SafetensorError as error:
         raise InputError(f"the stored code frequencies {cache} cannot be read: {error}", f"Delete {cache} to count them again.") from error

@@ -55,9 +55,8 @@ def distill(
     run_method = Registry("methods").get(config.method)
     source = resolve(config.teacher, tokenizer=config.tokenizer)
     config = dd.check(config, source)
-    guidance, pipeline = sampling_rule(
-        {"sampling": {**source.card.get("sampling", {}), **source.card.get("distillation", {})}}, config.trajectories
-    )
+    rule = {**source.card.get("sampling", {}), **source.card.get("distillation", {})}
+    guidance, pipeline = sampling_rule(source, config.trajectories, rule)
     ctx.plan(config)
     ctx.emit(run_distillation(ctx, config, source, guidance, pipeline, run_method))
 

@@ -59,7 +59,7 @@ class RampGuidance:
         if not 0 <= self.scale < float("inf"):
             raise ConfigError(f"guidance scale {self.scale}: expected a number >= 0.")
         if self.interval != -1:
-            raise ConfigError("--cfg-interval: the guidance of VAR is a ramp over scales.", "Drop it, or give a schedule with cfg: off rows.")
+            raise ConfigError("--cfg-interval: the guidance of VAR is a ramp over scales.", "Drop it, or give a schedule with cfg off.")
 
     @property
     def active(self) -> bool:

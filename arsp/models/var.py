@@ -96,18 +96,19 @@ class Conditioning:
         return Conditioning(self.class_RC[index], [pick(block) for block in self.blocks], pick(self.head))
 
 
-class VAR(nn.Module):
-    """Logits of all codes of a scale from the class and the sum of the coarser scales."""
+class ClassTransformer(nn.Module):
+    """Parts, conditioning, head and start that a VAR and its distilled student share; ``levels`` and ``length``: rows of the level
+    and position tables, ``length_start``: positions that start from the class vector."""
 
-    def __init__(self, config: VARConfig):
+    def __init__(self, config: VARConfig, levels: int, length: int, length_start: int):
         super().__init__()
         self.config = config
         C = config.embed_dim
         self.word_embed = Linear(config.code_dim, C, bias=True)
         self.class_emb = nn.Embedding(config.num_classes + 1, C)  # the last row is the null class of guidance
-        self.pos_start = nn.Parameter(torch.zeros(1, config.patch_nums[0] ** 2, C))
-        self.pos_1LC = nn.Parameter(torch.zeros(1, config.num_tokens, C))
-        self.lvl_embed = nn.Embedding(config.num_scales, C)
+        self.pos_start = nn.Parameter(torch.zeros(1, length_start, C))
+        self.pos_1LC = nn.Parameter(torch.zeros(1, length, C))
+        self.lvl_embed = nn.Embedding(levels, C)
         if config.shared_aln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), Linear(C, 6 * C, bias=True))
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
@@ -129,10 +130,39 @@ class VAR(nn.Module):
         B = len(labels_B) - 1
         return found.rows(torch.cat((torch.arange(B), torch.full((B,), B))).to(labels_B.device))
 
+    def logits(self, h_RnC: Tensor, cond: Conditioning) -> Tensor:
+        """Float32 logits ``(R, n, V)``; ``cond`` may have further rows."""
+        scale, shift = (x[: len(h_RnC)] for x in cond.head)
+        h = modulate(h_RnC, scale, shift, self.config.norm_eps).to(self.head.weight.dtype)
+        return self.head(h).float()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None, adaln_gamma: float = 1e-3) -> None:
+        """The official start: matrices and tables N(0, 1/(3C)), biases 0; gains of AdaLN scaled by ``adaln_gamma``, its other rows by
+        0.5, head by 0.02, ``proj`` and ``fc2`` by (2 depth)^-0.5; the learned attention scale log 4."""
+        std = math.sqrt(1 / (3 * self.config.embed_dim))
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.normal_(0.0, std, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        for table in (self.pos_start, self.pos_1LC):
+            table.normal_(0.0, std, generator=generator)
+        self.head.weight.mul_(0.02)
+        self.head_nm.ada_lin[1].weight.mul_(0.5)
+        for block in self.blocks:
+            block.init_residual(2 * self.config.depth, adaln_gamma, generator)
+
+
+class VAR(ClassTransformer):
+    """Logits of all codes of a scale from the class and the sum of the coarser scales."""
+
+    def __init__(self, config: VARConfig):
+        super().__init__(config, config.num_scales, config.num_tokens, config.patch_nums[0] ** 2)
+
     def embed(self, maps_BnE: Tensor, class_RC: Tensor, first: int, last: int) -> Tensor:
         """Input of scales first .. last, ``(R, n, C)`` float32. ``maps_BnE``: the maps of these scales, scale 0 having none; all
         guidance halves see the same maps."""
-        config = self.config
         maps_BnE = self.word_embed(maps_BnE.to(self.word_embed.weight.dtype)).float()
         h_RnC = maps_BnE.repeat(len(class_RC) // len(maps_BnE), 1, 1)
         if first == 0:
@@ -155,12 +185,6 @@ class VAR(nn.Module):
             h_RnC = block(h_RnC, cond.blocks[i], i, ctx, policy)
         return h_RnC
 
-    def logits(self, h_RnC: Tensor, cond: Conditioning) -> Tensor:
-        """Float32 logits ``(R, n, V)``; ``cond`` may have further rows."""
-        scale, shift = (x[: len(h_RnC)] for x in cond.head)
-        h = modulate(h_RnC, scale, shift, self.config.norm_eps).to(self.head.weight.dtype)
-        return self.head(h).float()
-
     def forward(self, labels_B: Tensor, inputs_BlE: Tensor) -> Tensor:
         """Teacher-forced float32 logits of the leading scales that the inputs of scales 1 .. k fill: ``(B, n_0 + l, V)``."""
         last, n = 0, inputs_BlE.shape[1] + self.config.patch_nums[0] ** 2
@@ -171,23 +195,6 @@ class VAR(nn.Module):
         mask = block_causal_mask(self.config.patch_nums[: last + 1], h_BLC.device)
         ctx = AttentionContext(total=n, mask=mask, scale=self.config.attention_scale)
         return self.logits(self.backbone(h_BLC, cond, ctx), cond)
-
-    @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None, adaln_gamma: float = 1e-3) -> None:
-        """The official start: matrices and tables N(0, 1/(3C)), biases 0; gains of AdaLN scaled by ``adaln_gamma``, its other rows by
-        0.5, head by 0.02, ``proj`` and ``fc2`` by (2 depth)^-0.5; the learned attention scale log 4."""
-        std = math.sqrt(1 / (3 * self.config.embed_dim))
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                module.weight.normal_(0.0, std, generator=generator)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
-        for table in (self.pos_start, self.pos_1LC):
-            table.normal_(0.0, std, generator=generator)
-        self.head.weight.mul_(0.02)
-        self.head_nm.ada_lin[1].weight.mul_(0.5)
-        for block in self.blocks:
-            block.init_residual(2 * self.config.depth, adaln_gamma, generator)
 
 
 class Block(nn.Module):
@@ -209,10 +216,14 @@ class Block(nn.Module):
         """The six AdaLN vectors ``(R, 6, C)``."""
         return self.ada_lin(class_RC).unflatten(-1, (6, -1)) if shared_R6C is None else self.ada_gss[0] + shared_R6C
 
-    def forward(self, x: Tensor, vectors: tuple[Tensor, ...], layer: int, ctx: AttentionContext, policy: DensePolicy) -> Tensor:
+    def forward(
+        self, x: Tensor, vectors: tuple[Tensor, ...], layer: int, ctx: AttentionContext, policy: DensePolicy, between: Tensor | None = None
+    ) -> Tensor:
+        """``between`` (a student's mark of data and noise) is added behind the attention branch."""
         gain1, gain2, scale1, scale2, shift1, shift2 = vectors
         dtype = self.ffn.fc1.weight.dtype
         x = x + self._drop(gain1 * self.attn(modulate(x, scale1, shift1, self.eps).to(dtype), layer, ctx, policy))
+        x = x if between is None else x + between
         return x + self._drop(gain2 * self.ffn(modulate(x, scale2, shift2, self.eps).to(dtype)))
 
     def _drop(self, x: Tensor) -> Tensor:

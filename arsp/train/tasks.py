@@ -113,8 +113,9 @@ class TokenizerTask(Task):
 class ScaleTokenizerTask(TokenizerTask):
     """The multi-scale tokenizer of VAR (arXiv 2404.02905): the quantiser's losses are means over the running sums of all scales.
 
-    ``truncate``: share of the rows that are decoded from their first k scales only, k uniform in 1 .. K-1, so that coarse scales
-    carry as much of the image as they can: within a scale a VAR draws its codes independently.
+    ``truncate``: share of the rows that are decoded from their first scales only, half of them from the very first, so that coarse
+    scales carry as much of the image as they can: a VAR draws the codes of a scale independently, what they must agree on has to
+    stand in a coarser one. For the same reason the gradient passes through the averaging of every scale, not straight past it.
     """
 
     def __init__(self, model: VQVAE, images_u8: Tensor, held_out_u8: Tensor, *, total_steps: int = 1000, truncate: float = 0.0):
@@ -122,19 +123,30 @@ class ScaleTokenizerTask(TokenizerTask):
         self.truncate = truncate
 
     def _quantise(self, step: int, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        quantizer, rows = self.trained.quantize, len(latents)
-        fixed = latents.detach()
+        quantizer, rows, fixed = self.trained.quantize, len(latents), latents.detach()
         with torch.autocast(latents.device.type, enabled=False):
             codes, maps = quantizer.encode(fixed)
+            sums = self._straight_through(latents, codes)
         losses = [F.mse_loss(found, fixed) + 0.25 * F.mse_loss(latents, found.detach()) for found in maps]
         if self.training:
             self._track_scales(step, fixed, codes, maps, generator)
         last = torch.full((rows,), len(maps) - 1)
         if self.training and self.truncate:
-            cut = torch.rand(rows, generator=generator) < self.truncate
-            last = torch.where(cut, torch.randint(len(maps) - 1, (rows,), generator=generator), last)
-        chosen = torch.stack(maps)[last, torch.arange(rows)]
-        return latents + (chosen - latents).detach(), sum(losses) / len(losses)
+            kind = torch.rand(rows, generator=generator) / self.truncate
+            last = torch.where(kind < 1, torch.randint(len(maps) - 1, (rows,), generator=generator), last)
+            last = torch.where(kind < 0.5, 0, last)
+        return torch.stack(sums)[last, torch.arange(rows)], sum(losses) / len(losses)
+
+    def _straight_through(self, latents: Tensor, codes: list[Tensor]) -> list[Tensor]:
+        """The running sums again, with a gradient to ``latents`` that skips the rounding to codes and nothing else."""
+        quantizer = self.trained.quantize
+        rest, f_hat, sums = latents, torch.zeros_like(latents), []
+        for k, (pn, ids) in enumerate(zip(quantizer.patch_nums, codes, strict=True)):
+            z = F.interpolate(rest, size=(pn, pn), mode="area").flatten(2).transpose(1, 2)
+            added = quantizer.contribution(z + (quantizer.embedding(ids) - z).detach(), k)
+            rest, f_hat = rest - added, f_hat + added
+            sums.append(f_hat)
+        return sums
 
     @torch.no_grad()
     def _track_scales(self, step: int, latents: Tensor, codes: list[Tensor], maps: list[Tensor], generator: torch.Generator) -> None:

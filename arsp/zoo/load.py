@@ -12,17 +12,17 @@ import torch
 import yaml
 from torch import nn
 
-from arsp.decode.guidance import Guidance
+from arsp.decode.few_step import default_second_step
+from arsp.decode.guidance import Guidance, RampGuidance
 from arsp.errors import ConfigError, InputError, nearest
 from arsp.protocols import Capabilities, Decoder, Layout
 from arsp.registry import Registry
 from arsp.runs import sha256_file
 from arsp.zoo import bundle
-from arsp.zoo.families import Family
+from arsp.zoo.families import LLAMAGEN, Family
 
 TINY = Path(__file__).parent / "tiny"
 FAMILIES = Registry("families")
-GENERATIVE = ("block_size", "vocab_size")  # keys without which a bundle's configuration describes no generative model
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,23 @@ class ModelSource:
     @property
     def capabilities(self) -> Capabilities:
         condition = "text" if self.config.get("model_type") == "t2i" else "class"
-        teacher = self.kind == "teacher"
-        return Capabilities("raster", frozenset({condition}), rewind=teacher, codebook=True, teacher=teacher)
+        teacher, raster = self.kind == "teacher", self.layout.is_raster
+        order = "raster" if raster else "next-scale"
+        return Capabilities(order, frozenset({condition}), rewind=teacher and raster, codebook=True, teacher=teacher)
 
     @property
     def layout(self) -> Layout:
-        side = round(self.config["block_size"] ** 0.5)
-        return Layout.raster(side, side)
+        return self.family.layout(self.config)
+
+    @property
+    def tokenizer_identity(self) -> str | None:
+        """What tells this model's tokenizer from others without loading it; None when it has none."""
+        if "bundle" in self.tokenizer:
+            return self.tokenizer["bundle"]
+        if self.path is not None and self.path.is_dir():
+            return bundle.read_manifest(self.path)["sha256"].get("tokenizer.safetensors")
+        named = self.card.get("files", {}).get("tokenizer")
+        return named or (self.tokenizer.get("file") and str(Path(self.tokenizer["file"]).resolve()))
 
 
 @dataclass
@@ -75,8 +85,19 @@ class LoadedModel:
             raise InputError(f"{self.name} has no tokenizer, and this needs its codebook.", "Give --tokenizer FILE.")
         return self.tokenizer.codebook_VE.detach().float()
 
-    def decoder(self, guidance: Guidance) -> Decoder:
-        return self.source.family.decoder(self.module, guidance)
+    def decoder(self, guidance: Guidance | RampGuidance, steps: Any = None) -> Decoder:
+        """Bound to a guidance; ``steps``: the loaded rows of a schedule (next-scale models)."""
+        if self.tokenizer is None and not self.source.layout.is_raster:
+            raise InputError(f"{self.name} cannot run without its tokenizer: its input is made of decoded codes.", "Give --tokenizer FILE.")
+        return self.source.family.decoder(self.module, self.tokenizer, guidance, steps)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
 
     def weight_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.module.parameters())
@@ -200,7 +221,7 @@ def _from_card(name: str, card: dict[str, Any], tokenizer: str | None) -> ModelS
     family: Family = FAMILIES.get(card["family"])
     config = family.complete({**family.variants[card["variant"]], **card["config"]})
     vq = {
-        "config": {**family.tokenizers[card["tokenizer"]], "image_size": card["image_size"]},
+        "config": family.fit_tokenizer(family.tokenizers[card["tokenizer"]], config),
         "file": tokenizer or _cached(card, "tokenizer"),
     }
     return ModelSource(name, family, card["kind"], config, card, _cached(card, "model"), "official", vq)
@@ -210,30 +231,34 @@ def _from_bundle(path: Path, name: str, card: dict[str, Any], origin: str, token
     if tokenizer is not None:
         raise ConfigError(f"--tokenizer {tokenizer}: {name} is a bundle and knows its own.", "Drop it; it belongs to an official GPT file.")
     manifest = bundle.read_manifest(path)
-    needed = {"teacher": GENERATIVE, "student": (*GENERATIVE, "code_dim", "known")}.get(manifest["kind"], ())
+    family: Family = FAMILIES.get(manifest["family"])
+    needed = {"teacher": family.required, "student": (*family.required, "code_dim", "known")}.get(manifest["kind"], ())
     missing = [key for key in needed if key not in manifest["config"] and key not in manifest]
     if missing:
         raise InputError(f"{path}: its {bundle.MANIFEST} lacks '{missing[0]}'.", "Make or copy the bundle again.")
-    family: Family = FAMILIES.get(manifest["family"])
     merged = {**{k: v for k, v in manifest.items() if k not in ("config", "sha256")}, **card}
     return ModelSource(name, family, manifest["kind"], manifest["config"], merged, path, origin, manifest.get("tokenizer") or {})
 
 
 def _from_file(path: Path, tokenizer: str | None) -> ModelSource:
-    family: Family = FAMILIES.get("llamagen")
+    from arsp.zoo.convert import detect_family
+
+    family: Family = FAMILIES.get(detect_family(path) or "llamagen")
     _, config = family.read_official(path)
-    if "block_size" not in config:
+    if family is LLAMAGEN and "block_size" not in config:
         raise InputError(
             f"{path}: the resolution is not in the file; its name should say 256, 384 or 512.",
             "Rename it like the released files, e.g. c2i_B_256.pt",
         )
-    kind = "student" if "code_dim" in config else "teacher"
-    if kind == "student":
-        more = {"code_dim": config["code_dim"], "known": [0, config["block_size"] * 5 // 16]}  # (0, 80) of the released 256
+    student = "code_dim" in config if family is LLAMAGEN else config.get("student", False)
+    card: dict[str, Any] = {"about": f"official layout file {path.name}", "kind": "student" if student else "teacher"}
+    if student:
+        card |= {"code_dim": config["code_dim"], "known": [0, default_second_step(family.layout(config))]}
+    elif family is LLAMAGEN:
+        card["sampling"] = {"cfg": 2.0 if config["model_type"] == "c2i" else 7.5}
     else:
-        more = {"sampling": {"cfg": 2.0 if config["model_type"] == "c2i" else 7.5}}
-    card = {"about": f"official layout file {path.name}", "kind": kind, **more}
-    return ModelSource(path.stem, family, kind, family.complete(config), card, path, "file", {"file": tokenizer, "config": None})
+        card["sampling"] = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
+    return ModelSource(path.stem, family, card["kind"], family.complete(config), card, path, "file", {"file": tokenizer, "config": None})
 
 
 def _cached(card: dict[str, Any], which: str) -> Path | None:
@@ -293,10 +318,7 @@ def _load_tokenizer(source: ModelSource, random_weights: bool) -> nn.Module | No
         return source.family.build_tokenizer(spec["config"])
     if spec.get("file"):
         weights, config = source.family.read_official_tokenizer(Path(spec["file"]))
-        side = round(source.config["block_size"] ** 0.5)
-        return _fill_tokenizer(
-            source.family, {**config, "image_size": side * 2 ** (len(config["ch_mult"]) - 1)}, weights, str(spec["file"])
-        )
+        return _fill_tokenizer(source.family, source.family.fit_tokenizer(config, source.config), weights, str(spec["file"]))
     if source.origin == "official" and not random_weights:
         raise InputError(f"the tokenizer of {source.name} is not on this machine.", _how_to_get(source))
     return None

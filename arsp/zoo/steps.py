@@ -1,0 +1,101 @@
+"""The rows of a step schedule -> loaded steps: refused before any weight is read where models or profiles do not belong together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from arsp.decode.schedule import ScaleRow, ScaleStep, check_rows
+from arsp.errors import ConfigError
+from arsp.models.attention import DensePolicy
+from arsp.zoo.load import LoadedModel, ModelSource, load_model, resolve, stored_sha256
+
+ALIKE = ("patch_nums", "vocab_size", "code_dim", "num_classes")  # configuration values that models of one image must share
+
+
+def check_steps(rows: list[ScaleRow], main: ModelSource, random_weights: bool = False) -> list[ModelSource]:
+    """The model of each row. ConfigError: two tokenizers, two layouts, a schedule that reads what was not computed. InputError: a
+    profile that is damaged or was made for another model."""
+    check_rows(rows)
+    found: dict[str, ModelSource] = {"": main}
+    for row in rows:
+        if row.model not in found:
+            found[row.model] = _beside(resolve(row.model), main)
+        policy_of(row.attention, found[row.model], random_weights)
+    sources = [found[row.model] for row in rows]
+    for k, (row, source) in enumerate(zip(rows, sources, strict=True)):
+        if row.depth is not None and row.depth > source.config["depth"]:
+            raise ConfigError(f"schedule: scale {k} asks for {row.depth} blocks, {source.name} has {source.config['depth']}.")
+        if row.depth is not None and row.attention != "dense":
+            raise ConfigError(f"schedule: scale {k} has both a depth and {row.attention}: windows are calibrated for all blocks.")
+    return sources
+
+
+def _beside(source: ModelSource, main: ModelSource) -> ModelSource:
+    """``source``, if it can share an image with ``main``."""
+    if source.kind != "teacher" or source.family is not main.family:
+        raise ConfigError(
+            f"{source.name} is a {source.family.name} {source.kind}; {main.name} needs {main.family.name} teachers beside it."
+        )
+    for key in ALIKE:
+        if source.config[key] != main.config[key]:
+            raise ConfigError(
+                f"{source.name} and {main.name} cannot make one image: {key} {source.config[key]} and {main.config[key]}.",
+                "Take two models of one tokenizer.",
+            )
+    if source.tokenizer_identity != main.tokenizer_identity:
+        raise ConfigError(
+            f"{source.name} and {main.name} have different tokenizers ({source.tokenizer_identity}, {main.tokenizer_identity}).",
+            "Take two models of one tokenizer.",
+        )
+    return source
+
+
+def policy_of(attention: str, source: ModelSource, random_weights: bool = False) -> Any:
+    """``dense`` or ``litevar[=PROFILE]`` -> a policy checked against the model; without PROFILE the model's packaged one."""
+    if attention == "dense":
+        return DensePolicy()
+    name, _, path = attention.partition("=")
+    if name != "litevar":
+        raise ConfigError(f"unknown attention preset '{attention}'.", "Use dense, or litevar=PROFILE (made by arsp sparsify).")
+    from arsp.sparse.policy import LiteVARPolicy
+    from arsp.sparse.profile import load_profile
+
+    path = path or packaged_profile(source)
+    profile = load_profile(path)
+    config = source.config
+    profile.check_model(
+        source.name, patch_nums=config["patch_nums"], depth=config["depth"], heads=config["num_heads"],
+        fingerprint=None if random_weights else stored_sha256(source),
+    )  # fmt: skip
+    return LiteVARPolicy(profile)
+
+
+def packaged_profile(source: ModelSource) -> str:
+    """The default profile that came with an embedded model. ConfigError when there is none."""
+    path = None if source.path is None else source.path.parent / f"{source.path.name}-litevar"
+    if source.origin != "embedded" or not path.is_dir():
+        raise ConfigError(f"litevar: {source.name} has no packaged profile.", f"Make one: arsp sparsify --model {source.name}")
+    return str(path)
+
+
+def load_steps(
+    rows: list[ScaleRow], main: LoadedModel, device: torch.device | str, dtype: torch.dtype, random_weights: bool = False
+) -> list[ScaleStep]:
+    """Load what the rows name beside ``main``: each model once a precision, each policy once a model."""
+    sources = check_steps(rows, main.source, random_weights)
+    modules: dict[tuple[str, torch.dtype], Any] = {("", dtype): main.module}
+    policies: dict[tuple[str, str], Any] = {}
+    steps = []
+    for row, source in zip(rows, sources, strict=True):
+        precision = getattr(torch, row.precision) if row.precision else dtype
+        key, rule = (row.model, precision), (row.model, row.attention)
+        if key not in modules:
+            modules[key] = load_model(source, device, precision, random_weights=random_weights, with_tokenizer=False).module
+        if rule not in policies:
+            policies[rule] = policy_of(row.attention, source, random_weights)
+        steps.append(
+            ScaleStep(modules[key], row.model, policies[rule], row.depth, guided=row.cfg != "off", shared=row.cfg == "shared")
+        )  # fmt: skip
+    return steps
