@@ -78,24 +78,23 @@ def load_weights(path: Path, name: str, manifest: dict[str, Any]) -> dict[str, T
         raise InputError(f"{file} is not a readable weights file: {error}", "Make or copy the bundle again.") from error
 
 
-def load_into(module: nn.Module, weights: dict[str, Tensor], where: str) -> nn.Module:
-    """Strict loading with one readable message: which keys are missing, unexpected, or of another shape."""
-    own = module.state_dict()
-    missing, foreign = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+def mismatch(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> str:
+    """Which keys of ``weights`` are missing, unexpected, or of another shape than ``expected``; empty when none."""
+    missing, foreign = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     shapes = [
-        f"{k}: {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in own.keys() & weights.keys()
-        if own[k].shape != weights[k].shape
+        f"{k}: {tuple(weights[k].shape)} instead of {tuple(expected[k].shape)}"
+        for k in sorted(expected.keys() & weights.keys())
+        if expected[k].shape != weights[k].shape
     ]
-    problems = [
-        f"{label} {len(keys)} ({', '.join(keys[:3])})"
-        for label, keys in (("missing", missing), ("unexpected", foreign), ("wrong shape", shapes))
-        if keys
-    ]
+    problems = (("missing", missing), ("unexpected", foreign), ("wrong shape", shapes))
+    return "; ".join(f"{label} {len(keys)} ({', '.join(keys[:3])})" for label, keys in problems if keys)
+
+
+def load_into(module: nn.Module, weights: dict[str, Tensor], where: str) -> nn.Module:
+    """Strict loading with one readable message: :func:`mismatch`, or which tensor is not finite."""
+    problems = mismatch(module.state_dict(), weights)
     if problems:
-        raise InputError(
-            f"{where}: the weights do not fit the model: {'; '.join(problems)}.", "Is it another size or family? See: arsp models ls"
-        )
+        raise InputError(f"{where}: the weights do not fit the model: {problems}.", "Is it another size or family? See: arsp models ls")
     bad = [key for key, value in weights.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if bad:
         raise InputError(f"{where}: {bad[0]} holds NaN or infinite values.")

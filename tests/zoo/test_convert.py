@@ -114,7 +114,7 @@ def test_the_average_of_a_student_is_preferred_as_its_authors_sample_it(tmp_path
     torch.save({"model": raw, "ema": {**average, "freqs_cis": torch.zeros(2)}}, tmp_path / "llamagen-B.pt")
     found, sizes = convert.read_llamagen(tmp_path / "llamagen-B.pt")
     same(found, average)
-    assert sizes["code_dim"] == 4
+    assert sizes["code_dim"] == 4 and sizes["student"]
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("c2i_B_256.pt", 256), ("c2i_XL_384.pt", 576), ("t2i_XL_stage2_512.pt", 1024)])
