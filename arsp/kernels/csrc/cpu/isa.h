@@ -18,3 +18,10 @@ inline Isa detect_isa() {
 
 inline const Isa best_isa = detect_isa();
 inline Isa isa = best_isa;
+
+// Keeps a value that is used several times in its register; without it the compiler loads it anew for every use.
+#if defined(__x86_64__)
+#define ARSP_IN_REGISTER(v) asm("" : "+v"(v))
+#else
+#define ARSP_IN_REGISTER(v)
+#endif

@@ -32,13 +32,6 @@ constexpr int kPrefetchBytes = 2048;        // how far ahead of the loads, along
 inline float to_float(float w) { return w; }
 inline float to_float(Bf16 w) { return static_cast<float>(w); }
 
-#if defined(__x86_64__)
-// Without it the compiler loads x anew for every row of the weight.
-#define ARSP_IN_REGISTER(v) asm("" : "+v"(v))
-#else
-#define ARSP_IN_REGISTER(v)
-#endif
-
 #define ARSP_BLOCK "small_linear_block.h"
 #include "each_isa.h"
 

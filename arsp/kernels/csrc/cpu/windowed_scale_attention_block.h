@@ -20,25 +20,35 @@ ARSP_TARGET inline vec exp_nonpositive(vec x) {
   return x < -86.9f ? vec{} : (vec)((bits)poly + ((bits)shifted << 23));
 }
 
-// Butterflies exchange off-diagonal blocks of 1, 2, 4, ... elements.
-ARSP_TARGET inline void transpose(vec* rows) {
-  typedef int32_t indices __attribute__((vector_size(4 * ARSP_LANES)));
-#pragma GCC unroll 4
-  for (int size = 1; size < ARSP_LANES; size *= 2) {
-    indices low, high;
-#pragma GCC unroll 16
+// Lanes of two registers in a row, so that their off-diagonal blocks of `size` elements change places.
+template <int size>
+struct Exchange {
+  int32_t low[ARSP_LANES], high[ARSP_LANES];
+  constexpr Exchange() : low(), high() {
     for (int i = 0; i < ARSP_LANES; ++i) {
       low[i] = i & size ? ARSP_LANES + (i ^ size) : i;
       high[i] = i & size ? ARSP_LANES + i : i ^ size;
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < ARSP_LANES; ++i) {
-      if (i & size) continue;
-      const vec a = rows[i], b = rows[i + size];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + size] = __builtin_shuffle(a, b, high);
-    }
   }
+};
+
+template <int size>
+constexpr Exchange<size> kExchange;
+
+template <int size = 1>
+ARSP_TARGET inline void transpose(vec* rows) {
+  typedef int32_t indices __attribute__((vector_size(4 * ARSP_LANES)));
+  indices low, high;
+  std::memcpy(&low, kExchange<size>.low, sizeof(low));
+  std::memcpy(&high, kExchange<size>.high, sizeof(high));
+#pragma GCC unroll 16
+  for (int i = 0; i < ARSP_LANES; ++i) {
+    if (i & size) continue;
+    const vec a = rows[i], b = rows[i + size];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + size] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (2 * size < ARSP_LANES) transpose<2 * size>(rows);
 }
 
 // queries[d * lanes + i] = component d of the query in lane i; lanes past the last one repeat it and keep no key.
@@ -112,7 +122,10 @@ ARSP_TARGET inline void add_values(const T* v, int64_t step, const int32_t* inde
     const float* weight = weights + list[n] * ARSP_LANES;
     vec value[WIDE];
 #pragma GCC unroll 4
-    for (int c = 0; c < WIDE; ++c) value[c] = load(row + c * ARSP_LANES);
+    for (int c = 0; c < WIDE; ++c) {
+      value[c] = load(row + c * ARSP_LANES);
+      ARSP_IN_REGISTER(value[c]);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < kSubtile; ++i) {
 #pragma GCC unroll 4
