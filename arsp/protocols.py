@@ -50,6 +50,11 @@ class Layout:
     def is_raster(self) -> bool:
         return all(block == (i,) for i, block in enumerate(self.blocks))
 
+    @property
+    def order(self) -> str:
+        """``raster`` or ``next-scale``, as :class:`Capabilities` name it."""
+        return "raster" if self.is_raster else "next-scale"
+
 
 @dataclass(frozen=True)
 class Capabilities:

@@ -179,7 +179,6 @@ def check(config: StackConfig) -> ModelSource:
         raise ConfigError(f"{config.model} is of kind '{source.kind}', it generates nothing.", "See: arsp models ls")
     if source.kind == "student" and source.origin == "file" and config.tokenizer is None:
         raise InputError(f"{source.name} is a student: it needs the codebook of its tokenizer.", "Give --tokenizer FILE.")
-    tokens = source.layout.num_tokens
     only_student = {"--student-steps": config.student_steps, "--split": config.split, "--teacher-range": config.teacher_range}
     wanted = next_scale_options(config)
     if wanted and (source.layout.is_raster or source.kind != "teacher"):
@@ -193,7 +192,7 @@ def check(config: StackConfig) -> ModelSource:
                 )
         SAMPLERS.get(config.sampler)
         if config.baseline:
-            parse_baseline(config.baseline, tokens)
+            parse_baseline(config.baseline, source.layout)
         if wanted:
             check_steps(schedule_rows(config, source), source, config.random_weights)
             if config.rng != "keyed":
@@ -221,9 +220,9 @@ def check(config: StackConfig) -> ModelSource:
                 f"{', '.join(given)}: a student has its teacher's rule baked in and does not sample.",
                 "Drop it, or add --teacher-range N-M.",
             )
-        FewStep(step_counts(config.student_steps or 1, tokens, source.card["known"][1:]), _split(config)).check(tokens)
+        FewStep(step_counts(config.student_steps or 1, source.card["known"][1:]), _split(config)).check(source.layout)
         if config.teacher_range:
-            parse_teacher_range(config.teacher_range, tokens)
+            parse_teacher_range(config.teacher_range, source.layout)
             _teacher_source(source)
     sampling_rule(source, config)
     return source
@@ -273,12 +272,12 @@ def build(
     rows: list[ScaleRow] = []
     steps: list[ScaleStep] = []
     if source.kind == "student":
-        settings = FewStep(step_counts(config.student_steps or 1, source.layout.num_tokens, source.card["known"][1:]), _split(config))
+        settings = FewStep(step_counts(config.student_steps or 1, source.card["known"][1:]), _split(config))
         student = lambda labels_B, x_BLE, known_B: model.module(labels_B, x_BLE.to(dtype), known_B)  # vectors stay float32
         generator: Generator = StudentGenerator(student, model.codebook_VE, source.layout, settings)
         name = f"{source.label} {config.student_steps or 1}-step"
         if config.teacher_range:
-            first, stop = parse_teacher_range(config.teacher_range, source.layout.num_tokens)
+            first, stop = parse_teacher_range(config.teacher_range, source.layout)
             generator, name = (
                 TeacherLoopGenerator(generator, teacher.decoder(guidance), pipeline, first, stop),
                 f"{source.label} pre-trained-{config.teacher_range}",
@@ -335,7 +334,7 @@ def _teacher_of(student: LoadedModel, config: StackConfig, device: torch.device 
 def _baseline(
     config: StackConfig, model: LoadedModel, decoder: Any, pipeline: LogitsPipeline, ar: Generator, log: Callable[[str], None]
 ) -> Generator:
-    kind, skip = parse_baseline(config.baseline, decoder.layout.num_tokens)
+    kind, skip = parse_baseline(config.baseline, decoder.layout)
     if kind == "skip":
         return SkipGenerator(decoder, pipeline, model.codebook_VE, skip)
     num_classes = model.source.config["num_classes"]
@@ -349,7 +348,7 @@ def _baseline(
         table = class_frequencies(ar, decoder.layout, num_classes, decoder.vocab_size, num=num, seed=1_000_003, cache=cache, device=device)
     except SafetensorError as error:
         raise InputError(f"the stored code frequencies {cache} cannot be read: {error}", f"Delete {cache} to count them again.") from error
-    return MarginalGenerator(table, mode=kind == "mode")
+    return MarginalGenerator(table, decoder.layout, mode=kind == "mode")
 
 
 def _digest(text: str) -> str:

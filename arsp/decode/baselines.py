@@ -2,7 +2,8 @@
 
 ``naive``: every position drawn independently from its empirical frequency given the class (arXiv 2412.17153, "onestep*").
 ``mode``: the most frequent code of every position given the class, no noise: the fair control for a student decoding by argmax.
-``skip-N``: the teacher stops N codes early and the missing latent vectors are zero.
+``skip-N``: the teacher stops N steps early: N codes of a raster, whose missing latent vectors are zero, or N scales of a
+next-scale model, whose coarser scales alone are decoded.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from arsp.runs import atomic_file, check_stop
 NAMES = ("naive", "mode", "skip-N")
 
 
-def parse_baseline(text: str, num_tokens: int) -> tuple[str, int]:
+def parse_baseline(text: str, layout: Layout) -> tuple[str, int]:
     """``"skip-5"`` -> ("skip", 5); ConfigError for anything unknown or out of range."""
     if text in ("naive", "mode"):
         return text, 0
-    match = re.fullmatch(r"skip-(\d+)", text)
-    if match and 0 < int(match.group(1)) < num_tokens:
+    match, steps = re.fullmatch(r"skip-(\d+)", text), len(layout.blocks)
+    if match and 0 < int(match.group(1)) < steps:
         return "skip", int(match.group(1))
-    raise ConfigError(f"unknown baseline '{text}'.", f"Use naive, mode, or skip-N with 0 < N < {num_tokens}.")
+    raise ConfigError(f"unknown baseline '{text}'.", f"Use naive, mode, or skip-N with 0 < N < {steps}.")
 
 
 def class_frequencies(
@@ -65,9 +66,9 @@ def class_frequencies(
 class MarginalGenerator:
     """``naive`` (drawn with the keyed generator) or ``mode`` (argmax) from class-conditional position frequencies, in one pass."""
 
-    def __init__(self, frequencies_YLV: Tensor, mode: bool):
+    def __init__(self, frequencies_YLV: Tensor, layout: Layout, mode: bool):
         self.frequencies, self.mode = frequencies_YLV, mode
-        self.capabilities = Capabilities(order="raster", codebook=True, teacher=False)
+        self.capabilities = Capabilities(order=layout.order, codebook=True, teacher=False)
 
     def generate(self, request: Request, callback: Callable[[int], None] | None = None) -> Generation:
         p_BLV = self.frequencies.to(request.labels_B.device)[request.labels_B]
@@ -79,15 +80,19 @@ class MarginalGenerator:
 
 
 class SkipGenerator:
-    """The teacher without its last ``skip`` codes."""
+    """The teacher without its last ``skip`` steps. A raster gets zero vectors there; of a next-scale model the codes that were
+    made are returned, ``(B, kept)``."""
 
     def __init__(self, decoder: Decoder, pipeline: LogitsPipeline, codebook_VE: Tensor, skip: int):
         self.decoder, self.pipeline, self.codebook_VE, self.skip = decoder, pipeline, codebook_VE, skip
         self.capabilities = decoder.capabilities
 
     def generate(self, request: Request, callback: Callable[[int], None] | None = None) -> Generation:
-        kept = self.decoder.layout.num_tokens - self.skip
+        layout = self.decoder.layout
+        kept = layout.ends[-1 - self.skip]
         result = decode_blocks(self.decoder, request, keyed_choice(request), self.pipeline, callback, stop=kept)
+        if not layout.is_raster:
+            return Generation(result.codes_BL[:, :kept], stats=result.stats)
         vectors = self.codebook_VE[result.codes_BL]
         vectors[:, kept:] = 0
         return Generation(result.codes_BL, vectors, result.stats)

@@ -11,25 +11,31 @@ from torch import Tensor, nn
 from arsp.decode.ar import decode_blocks, keyed_choice
 from arsp.decode.filters import LogitsPipeline
 from arsp.errors import ConfigError
+from arsp.models.attention import AttentionContext, DensePolicy, dense_attention, visible
 from arsp.protocols import Capabilities, Decoder, Generation, Layout, Request
 from arsp.rng import Purpose, keyed_normal
 
 
 @dataclass(frozen=True)
 class FewStep:
-    """``known`` = ascending counts of already final tokens, one per pass, the first 0 (one step: ``(0,)``); positions below
-    ``split`` are decoded from the nearest codes of the logits head, those behind from the continuous head (-1: all codes)."""
+    """``known`` = ascending counts of already final codes, one per pass, the first 0 (one step: ``(0,)``); positions below
+    ``split`` are decoded from the nearest codes of the logits head, those behind from the continuous head (-1: all codes).
+
+    Both count positions. In a next-scale layout they stand at the end of a scale.
+    """
 
     known: tuple[int, ...] = (0,)
     split: int = -1
 
-    def check(self, num_tokens: int) -> None:
-        """ConfigError when the counts do not fit a sequence of ``num_tokens``."""
+    def check(self, layout: Layout) -> None:
+        """ConfigError when the counts do not fit the layout."""
+        ends, L = (0, *layout.ends), layout.num_tokens
+        where = "" if layout.is_raster else f" at the ends of scales, {list(ends)}"
         rising = all(a < b for a, b in zip(self.known, self.known[1:], strict=False))
-        if not self.known or self.known[0] != 0 or not rising or self.known[-1] >= num_tokens:
-            raise ConfigError(f"student steps {self.known}: expected ascending counts from 0 below {num_tokens}.")
-        if not -1 <= self.split <= num_tokens:
-            raise ConfigError(f"split {self.split}: expected -1 or 0..{num_tokens}.")
+        if not self.known or self.known[0] != 0 or not rising or not set(self.known) <= set(ends[:-1]):
+            raise ConfigError(f"student steps {self.known}: expected ascending counts from 0 below {L}{where}.")
+        if self.split not in (-1, *ends):
+            raise ConfigError(f"split {self.split}: expected -1 or 0..{L}{where}.")
 
 
 def request_noise(request: Request, num_tokens: int, code_dim: int) -> Tensor:
@@ -63,10 +69,9 @@ class StudentGenerator:
     """A distilled student as a Generator: ``len(known)`` passes an image, no guidance, no sampling."""
 
     def __init__(self, student: nn.Module, codebook_VE: Tensor, layout: Layout, settings: FewStep):
-        settings.check(layout.num_tokens)
+        settings.check(layout)
         self.student, self.codebook_VE, self.layout, self.settings = student, codebook_VE, layout, settings
-        order = "raster" if layout.is_raster else "next-scale"
-        self.capabilities = Capabilities(order=order, codebook=True, teacher=False)
+        self.capabilities = Capabilities(order=layout.order, codebook=True, teacher=False)
 
     @property
     def split(self) -> int:
@@ -94,15 +99,17 @@ class StudentGenerator:
 
 
 class TeacherLoopGenerator:
-    """``pre-trained-n-m``: the teacher regenerates tokens ``start``..``stop`` - 1, the student does the rest.
+    """``pre-trained-n-m``: the teacher regenerates steps ``start``..``stop`` - 1 of the layout (codes of a raster, scales of a
+    next-scale model), the student does the rest.
 
-    One student pass gives the prefix (none when ``start`` is 0), the teacher draws its tokens by its own rule, a last student
-    pass at ``stop`` known tokens fills in what follows.
+    One student pass gives the prefix (none when ``start`` is 0), the teacher draws its steps by its own rule, a last student
+    pass with everything before step ``stop`` known fills in what follows.
     """
 
     def __init__(self, student: StudentGenerator, teacher: Decoder, pipeline: LogitsPipeline, start: int, stop: int):
-        if not 0 <= start < stop < student.layout.num_tokens:
-            raise ConfigError(f"teacher tokens {start}..{stop}: expected 0 <= start < stop < {student.layout.num_tokens}.")
+        steps = len(student.layout.blocks)
+        if not 0 <= start < stop < steps:
+            raise ConfigError(f"teacher {_unit(student.layout)} {start}..{stop}: expected 0 <= start < stop < {steps}.")
         self.student, self.teacher, self.pipeline, self.start, self.stop = student, teacher, pipeline, start, stop
         self.capabilities = student.capabilities
 
@@ -115,17 +122,18 @@ class TeacherLoopGenerator:
     def from_noise(self, request: Request, noise: Tensor, callback: Callable[[int], None] | None = None) -> Generation:
         """Sample from given noise ``(B, L, E)``; the teacher's draws are keyed by the request as always."""
         one, book = self.student, self.student.codebook_VE
-        labels = request.labels_B.to(book.device)
+        labels, ends = request.labels_B.to(book.device), (0, *one.layout.ends)
+        start, stop = ends[self.start], ends[self.stop]
         codes = labels.new_zeros(len(labels), 0)
-        if self.start:
+        if start:
             first, vectors = student_pass(one.student, labels, noise, 0, book)
-            codes = nearest_codes(merge(first, vectors, one.split, book), book)[:, : self.start]
+            codes = nearest_codes(merge(first, vectors, one.split, book), book)[:, :start]
         choose = keyed_choice(request)
-        result = decode_blocks(self.teacher, request, choose, self.pipeline, callback, prefix_Bp=codes, stop=self.stop)
-        codes = result.codes_BL[:, : self.stop]
-        x = torch.cat((book[codes], noise[:, self.stop :]), dim=1)
-        final, vectors = student_pass(one.student, labels, x, self.stop, book)
-        final[:, : self.stop] = codes
+        result = decode_blocks(self.teacher, request, choose, self.pipeline, callback, prefix_Bp=codes, stop=stop)
+        codes = result.codes_BL[:, :stop]
+        x = torch.cat((book[codes], noise[:, stop:]), dim=1)
+        final, vectors = student_pass(one.student, labels, x, stop, book)
+        final[:, :stop] = codes
         embeddings = None if one.split >= one.layout.num_tokens else merge(final, vectors, one.split, book)
         teacher_passes = self.stop - self.start
         passes = (self.start > 0) + teacher_passes + 1
@@ -134,30 +142,44 @@ class TeacherLoopGenerator:
         )
 
 
-def parse_teacher_range(text: str, num_tokens: int) -> tuple[int, int]:
-    """``"61-81"`` (1-based, end exclusive as published) -> ``(60, 80)``; ConfigError when it does not fit."""
+class OfficialPrefixPolicy(DensePolicy):
+    """Attention without any mask inside a pass, as the released script feeds a student's prefix to a VAR teacher: the prefix scales
+    see later ones, which they never did in training. For comparison with that script only."""
+
+    def attend(self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, layer: int, ctx: AttentionContext) -> Tensor:
+        return dense_attention(q_BHnD, *visible(k_BHnD, v_BHnD, layer, ctx), ctx.scale)
+
+
+def parse_teacher_range(text: str, layout: Layout) -> tuple[int, int]:
+    """``"61-81"`` (1-based, end exclusive as published) -> steps ``(60, 80)`` of the layout: codes of a raster, scales of a next-scale
+    model; ConfigError when it does not fit."""
+    steps = len(layout.blocks)
     try:
         first, last = (int(part) for part in text.split("-"))
     except ValueError as error:
-        raise ConfigError(f"teacher range '{text}': expected N-M, for example 1-{num_tokens // 4}.") from error
-    if not 1 <= first < last <= num_tokens:
-        raise ConfigError(f"teacher range '{text}': expected 1 <= N < M <= {num_tokens}.")
+        example = f"1-{max(2, steps // 4)}"
+        raise ConfigError(f"teacher range '{text}': expected N-M in {_unit(layout)}, for example {example}.") from error
+    if not 1 <= first < last <= steps:
+        raise ConfigError(f"teacher range '{text}': expected 1 <= N < M <= {steps} in {_unit(layout)}.")
     return first - 1, last - 1
 
 
-def step_counts(steps: int, num_tokens: int, intermediate: Sequence[int]) -> tuple[int, ...]:
-    """``--student-steps 1|2`` -> the counts of known tokens the student was trained for."""
+def default_second_step(layout: Layout) -> int:
+    """Known codes at a second pass, as published: 5/16 of a raster (80 of 256), half of the scales (5 of 10 in VAR-d16)."""
+    if layout.is_raster:
+        return max(1, round(layout.num_tokens * 5 / 16))
+    return layout.ends[len(layout.blocks) // 2 - 1]
+
+
+def step_counts(steps: int, intermediate: Sequence[int]) -> tuple[int, ...]:
+    """``--student-steps 1|2`` -> the counts of known codes the student was trained for."""
     if steps == 1:
         return (0,)
     if steps == 2 and intermediate:
         return (0, int(intermediate[0]))
-    raise ConfigError(
-        f"student steps {steps}: this student was trained for 1{' or 2' if intermediate else ''} steps of {num_tokens} tokens."
-    )
+    raise ConfigError(f"student steps {steps}: this student was trained for 1{' or 2' if intermediate else ''}.")
 
 
-def default_second_step(layout: Layout) -> int:
-    """Known tokens at the second pass where nothing else is said: as released, 5/16 of a raster sequence, half of the scales."""
-    if layout.is_raster:
-        return max(1, round(layout.num_tokens * 5 / 16))
-    return layout.ends[len(layout.blocks) // 2 - 1]
+def _unit(layout: Layout) -> str:
+    """What one generation step makes, for messages."""
+    return "codes" if layout.is_raster else "scales"

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 
 from arsp.config import StrictModel
-from arsp.decode.few_step import FewStep, StudentGenerator
+from arsp.decode.few_step import FewStep, StudentGenerator, default_second_step
 from arsp.decode.filters import LogitsPipeline
 from arsp.decode.guidance import Guidance
 from arsp.distill.dd1 import DD1Config, DD1Task
@@ -54,7 +54,7 @@ class DistillConfig(StrictModel):
         2, ge=1, le=2, description="1: trained for one pass; 2: also for a second pass that starts at known[1] codes"
     )
     second_step_at: int | None = Field(
-        None, ge=1, description="known codes at the second pass (default: the card's, else 5/16 of the sequence, as published for 256)"
+        None, ge=1, description="known codes at the second pass, whole scales of a VAR (default: the card's, else as published in share)"
     )
     trajectories: TrajectoryConfig = TrajectoryConfig()
     objective: DD1Config = Field(DD1Config(known=(0,)), description="weights; known is set from student_steps")
@@ -85,13 +85,14 @@ class Distilled:
 def check(config: DistillConfig, source: ModelSource) -> DistillConfig:
     """The configuration completed for this teacher. ConfigError when it cannot be distilled."""
     if source.kind != "teacher":
-        raise ConfigError(f"{source.name} is a {source.kind}; distillation needs an autoregressive teacher.", "Use --teacher llamagen.")
+        raise ConfigError(
+            f"{source.name} is a {source.kind}; distillation needs an autoregressive teacher.", "Use --teacher llamagen or var."
+        )
     if source.config.get("model_type") == "t2i":
         raise ConfigError(f"{source.name} is text-conditional; {config.method} draws class labels.", "Use a class-conditional teacher.")
-    tokens = source.layout.num_tokens
-    second = config.second_step_at or source.card.get("distillation", {}).get("second_step_at") or max(1, round(tokens * 5 / 16))
+    second = config.second_step_at or source.card.get("distillation", {}).get("second_step_at") or default_second_step(source.layout)
     known = (0,) if config.student_steps == 1 else (0, second)
-    FewStep(known).check(tokens)
+    FewStep(known).check(source.layout)
     if config.objective.known not in ((0,), known):
         raise ConfigError(
             f"objective.known {list(config.objective.known)}: it follows from student_steps and second_step_at, here {list(known)}."
@@ -101,9 +102,7 @@ def check(config: DistillConfig, source: ModelSource) -> DistillConfig:
             f"{source.name} is an official file without a tokenizer, and the flow map needs its codebook.", "Give --tokenizer FILE."
         )
     if config.trajectories.held_out >= config.trajectories.num:
-        raise ConfigError(
-            f"trajectories.held_out {config.trajectories.held_out} leaves none of {config.trajectories.num} to train on."
-        )
+        raise ConfigError(f"trajectories.held_out {config.trajectories.held_out} leaves none of {config.trajectories.num} to train on.")
     return config.model_copy(update={"objective": config.objective.model_copy(update={"known": known}), "second_step_at": second})
 
 

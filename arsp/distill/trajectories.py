@@ -39,7 +39,7 @@ class TrajectoryRule:
     pipeline: LogitsPipeline
     flow: FlowSettings
 
-    def fingerprint(self, teacher_sha256: str, codebook_VE: Tensor) -> dict[str, str]:
+    def fingerprint(self, teacher_sha256: str, codebook_VE: Tensor, order: str) -> dict[str, str]:
         """Metadata strings; two shards belong together only if they are equal."""
         book = hashlib.sha256(codebook_VE.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
         rule = {
@@ -47,7 +47,7 @@ class TrajectoryRule:
             "cfg_interval": self.cfg_interval,
             "pipeline": asdict(self.pipeline),
             "flow": asdict(self.flow),
-            "order": "raster",
+            "order": order,
         }
         return {
             "teacher_sha256": teacher_sha256,
@@ -82,7 +82,7 @@ def generate_shards(
     asked to stop.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    meta = rule.fingerprint(teacher_sha256, codebook_VE)
+    meta = rule.fingerprint(teacher_sha256, codebook_VE, decoder.layout.order)
     counts = {first: min(shard_size, num - first) for first in range(0, num, shard_size)}
     paths = {first: folder / f"shard-{first:08d}-{count}.safetensors" for first, count in counts.items()}
     for path in filter(Path.exists, paths.values()):  # before the long work

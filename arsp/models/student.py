@@ -64,7 +64,7 @@ class LlamaGenStudent(nn.Module):
                 module.weight.fill_(1.0)
         self.output.weight.zero_()
         self.tok_embeddings.bias.zero_()
-        self._init_continuous_head(generator)
+        self.final_layer_conti.init_weights(generator)
 
     @torch.no_grad()
     def init_from_teacher(self, teacher: GPT, codebook_VE: Tensor, generator: torch.Generator | None = None, ridge: float = 1e-3) -> None:
@@ -80,13 +80,7 @@ class LlamaGenStudent(nn.Module):
         self.tok_embeddings.weight.copy_(solution[:-1].T)
         self.tok_embeddings.bias.copy_(solution[-1])
         self.n_d_embed.weight.normal_(0.0, 0.02, generator=generator)
-        self._init_continuous_head(generator)
-
-    def _init_continuous_head(self, generator: torch.Generator | None) -> None:
-        self.final_layer_conti.linear.weight.normal_(0.0, 0.02, generator=generator)
-        self.final_layer_conti.linear.bias.zero_()
-        table = self.final_layer_conti.scale_shift_table
-        table.copy_(torch.randn(table.shape, generator=generator) / math.sqrt(table.shape[1]))
+        self.final_layer_conti.init_weights(generator)
 
 
 class ContinuousHead(nn.Module):
@@ -100,3 +94,10 @@ class ContinuousHead(nn.Module):
     def forward(self, h_BlC: Tensor, class_B1C: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table[None] + class_B1C).chunk(2, dim=1)
         return self.linear(F.layer_norm(h_BlC, h_BlC.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Weight N(0, 0.02), bias 0, table N(0, 1/C)."""
+        self.linear.weight.normal_(0.0, 0.02, generator=generator)
+        self.linear.bias.zero_()
+        self.scale_shift_table.copy_(torch.randn(self.scale_shift_table.shape, generator=generator) / math.sqrt(self.linear.in_features))

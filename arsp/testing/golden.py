@@ -31,6 +31,7 @@ COVERED = frozenset(  # kinds with a parity test
         "litevar_windows",
         "llamagen_dd",
         "seeded_fixedpoint",
+        "var_dd",
         "vq",
     }
 )
