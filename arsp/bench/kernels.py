@@ -1,8 +1,10 @@
-"""Each kernel against torch on the shapes of LlamaGen GPT-B, weights streamed from memory as in decoding."""
+"""Each kernel against torch where it is used: layers of LlamaGen GPT-B with weights streamed from memory as in decoding one
+image, and attention of the last scale of VAR-d16."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +12,16 @@ import torch.nn.functional as F
 
 from arsp import kernels
 from arsp.bench.timing import measure, speedup
+from arsp.kernels.reference import window_mask
 
 SHAPES = {"wqkv": (2304, 768), "wo": (768, 768), "w1": (2048, 768), "w2": (768, 2048), "output": (16384, 768)}  # (N, K) of GPT-B
 STREAM_BYTES = 96 << 20  # copies of a weight that are cycled through: more than the last-level cache of most processors
+MAPS = {  # official sides of VAR by pixels
+    256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+}
+HEADS, HEAD_DIM = 16, 64  # VAR-d16
+WINDOWS = (1, 2, 3)
 
 
 def bench_small_linear(
@@ -47,3 +56,33 @@ def _line(name: str, x_MK: torch.Tensor, weights: list[torch.Tensor], repeats: i
         "weight_gb_per_s": weights[0].numel() * weights[0].element_size() / kernel_us / 1e3,
         "ratio": ratio.value, "low": ratio.low, "high": ratio.high,
     }  # fmt: skip
+
+
+@torch.inference_mode()
+def bench_windowed_scale_attention(
+    dtype: torch.dtype, *, repeats: int = 9, progress: Callable[[int], None] | None = None
+) -> list[dict[str, Any]]:
+    """One line per (map, window): the last scale of VAR-d16, one guided image (two rows), every head and map with that window, against
+    torch's dense attention on the same tensors. ``kept`` is the share of query-key pairs that the window keeps."""
+    generator = torch.Generator().manual_seed(0)
+    lines = []
+    for pixels, sides in MAPS.items():
+        s, total = len(sides) - 1, sum(side * side for side in sides)
+        q, k, v = (torch.randn(2, HEADS, n, HEAD_DIM, generator=generator).to(dtype) for n in (sides[-1] ** 2, total, total))
+        q *= HEAD_DIM**-0.5
+        windows = {r: torch.full((HEADS, s + 1), r, dtype=torch.int32) for r in WINDOWS}
+        work = {f"window {r}": partial(kernels.windowed_scale_attention, q, k, v, windows[r], sides, s) for r in WINDOWS}
+        work["torch"] = partial(F.scaled_dot_product_attention, q, k, v, scale=1.0)
+        timings = measure(work, repeats=repeats, memory=False)
+        for r in WINDOWS:
+            timing = timings[f"window {r}"]
+            ratio = speedup(timing, timings["torch"])
+            lines.append({
+                "map": f"d16 {pixels} px", "queries": sides[-1] ** 2, "keys": total, "window": r, "rows": 2,
+                "kept": window_mask(windows[r][:1], sides, s).float().mean().item(),
+                "kernel_us": timing.median_ms * 1e3, "torch_us": timings["torch"].median_ms * 1e3,
+                "ratio": ratio.value, "low": ratio.low, "high": ratio.high,
+            })  # fmt: skip
+        if progress:
+            progress(1)
+    return lines

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from arsp.cli.options import CommandContext, command, make_table
 from arsp.config import StrictModel
-from arsp.errors import ResourceError, UsageError
+from arsp.errors import UsageError
 
 if TYPE_CHECKING:
     from arsp.bench.compare import Contender
@@ -197,59 +197,89 @@ def bench_table(record: dict[str, Any]) -> Any:
 class KernelBenchConfig(StrictModel):
     """What ``arsp bench kernels`` measures."""
 
-    rows: list[int] = Field(default=[1, 2, 4, 8, 16], min_length=1, description="rows of the input")
+    op: Literal["all", "small_linear", "windowed_scale_attention"] = "all"
+    rows: list[int] = Field(default=[1, 2, 4, 8, 16], min_length=1, description="rows of the input of small_linear")
     repeats: int = Field(9, ge=1, description="timed rounds")
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: int | None = Field(None, ge=1)
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        return ("small_linear", "windowed_scale_attention") if self.op == "all" else (self.op,)
 
 
 @command(
     examples=[
         "arsp bench kernels --threads 1",
-        "arsp bench kernels --rows 2 --dtype bfloat16 --json",
-        "arsp bench kernels --fail-if 'ratio<1'",
+        "arsp bench kernels --op small_linear --rows 2 --dtype bfloat16 --json",
+        "arsp bench kernels --op windowed_scale_attention --fail-if 'ratio<1.5'",
     ],
     shared=("dtype", "threads", "config", "out", "fail_if", "print_config"),
     schema=KernelBenchConfig,
 )
 def kernels(
     ctx: CommandContext,
-    rows: Annotated[Optional[list[int]], typer.Option(min=1, help="Rows of the input; may be repeated (default: 1 2 4 8 16)")] = None,
+    op: Annotated[
+        Optional[str], typer.Option(help="small_linear (layers of LlamaGen GPT-B), windowed_scale_attention (VAR-d16) or all (default)")
+    ] = None,
+    rows: Annotated[
+        Optional[list[int]], typer.Option(min=1, help="Rows of the input of small_linear; may be repeated (default: 1 2 4 8 16)")
+    ] = None,
     repeats: Annotated[Optional[int], typer.Option(help="Timed rounds (default: 9)")] = None,
 ) -> None:
-    """Time the compiled CPU operators against torch on the layer shapes of LlamaGen GPT-B. A ratio above 1: the kernel is faster."""
-    config = ctx.resolve(KernelBenchConfig, {"rows": rows or None, "repeats": repeats})
+    """Time the compiled CPU operators against torch on the shapes of official models. A ratio above 1: the kernel is faster."""
+    config = ctx.resolve(KernelBenchConfig, {"op": op, "rows": rows or None, "repeats": repeats})
+    if rows and "small_linear" not in config.ops:
+        raise UsageError(f"--rows has no effect on {config.op}.", "It counts the rows of small_linear.")
     ctx.plan(config)
     import torch
+    from rich.console import Group
 
-    from arsp import kernels as ops
-    from arsp.bench.kernels import SHAPES, bench_small_linear
-    from arsp.runs import Run, check_stop, stop_signals
+    from arsp import kernels as compiled
+    from arsp.runs import Run, stop_signals
 
     ctx.opts.kernels, ctx.opts.device = "cpu", "cpu"
     ctx.setup_torch()
-    ops.set_backend("cpu")
-    (backend,) = ops.backends()
-    if backend["backend"] != "cpu":
-        raise ResourceError(f"there is no compiled kernel to measure: {backend['reason']}")
-    with Run.open("bench-kernels", "small_linear", config, ctx.opts.out, resume=False) as run, stop_signals():
-        with ctx.progress(len(SHAPES) * len(config.rows), "shapes") as advance:
+    compiled.set_backend("cpu")
+    backends = [backend for backend in compiled.backends() if backend["op"] in config.ops]
+    with Run.open("bench-kernels", config.op, config, ctx.opts.out, resume=False) as run, stop_signals():
+        run.record["stack"] = {"name": "kernels", "backends": backends}
+        lines = time_kernels(ctx, config)
+        for name in config.ops:
+            for line in lines[name]:
+                what = line["layer"] if name == "small_linear" else f"{line['map']}, window {line['window']}"
+                extra = {key: value for key, value in line.items() if key != "ratio"}
+                run.add_metric("ratio", line["ratio"], n=config.repeats, protocol=f"{what}, {line['rows']} rows", op=name, **extra)
+    where = f"{config.dtype}, {torch.get_num_threads()} threads"
+    ctx.emit(run.record, Group(*(kernel_table(backend, lines[backend["op"]], where) for backend in backends)))
 
-            def tick(n: int) -> None:
-                advance(n)
-                check_stop()
 
-            lines = bench_small_linear(config.rows, getattr(torch, config.dtype), repeats=config.repeats, progress=tick)
-        run.record["stack"] = {"name": "kernels", "op": "small_linear", "backend": backend}
-        for line in lines:
-            extra = {key: value for key, value in line.items() if key != "ratio"}
-            run.add_metric("ratio", line["ratio"], n=config.repeats, protocol=f"{line['layer']}, {line['rows']} rows", **extra)
-    columns = ("layer", "N", "K", "rows", "kernel us", "torch us", "weights GB/s", "ratio", "95 % interval")
-    cells = [
-        (line["layer"], line["outputs"], line["columns"], line["rows"], line["kernel_us"], line["torch_us"], line["weight_gb_per_s"])
-        + (line["ratio"], f"{line['low']:.2f} - {line['high']:.2f}")
-        for line in lines
-    ]
-    ctx.emit(
-        run.record, make_table(f"small_linear, {config.dtype}, {torch.get_num_threads()} threads; {backend['reason']}", columns, cells)
-    )
+def time_kernels(ctx: CommandContext, config: KernelBenchConfig) -> dict[str, list[dict[str, Any]]]:
+    """op -> its lines."""
+    import torch
+
+    from arsp.bench.kernels import MAPS, SHAPES, bench_small_linear, bench_windowed_scale_attention
+    from arsp.runs import check_stop
+
+    dtype = getattr(torch, config.dtype)
+    steps = {"small_linear": len(SHAPES) * len(config.rows), "windowed_scale_attention": len(MAPS)}
+    with ctx.progress(sum(steps[name] for name in config.ops), "shapes") as advance:
+
+        def tick(n: int) -> None:
+            advance(n)
+            check_stop()
+
+        lines = {}
+        if "small_linear" in config.ops:
+            lines["small_linear"] = bench_small_linear(config.rows, dtype, repeats=config.repeats, progress=tick)
+        if "windowed_scale_attention" in config.ops:
+            lines["windowed_scale_attention"] = bench_windowed_scale_attention(dtype, repeats=config.repeats, progress=tick)
+    return lines
+
+
+def kernel_table(backend: dict[str, str], lines: list[dict[str, Any]], where: str) -> Any:
+    """One line a shape: what was measured, both times, their ratio."""
+    names = {"outputs": "N", "columns": "K", "kernel_us": "kernel us", "torch_us": "torch us", "weight_gb_per_s": "weights GB/s"}
+    keys = [key for key in lines[0] if key not in ("low", "high")]
+    cells = [[*(line[key] for key in keys), f"{line['low']:.2f} - {line['high']:.2f}"] for line in lines]
+    return make_table(f"{backend['op']}, {where}; {backend['reason']}", [*(names.get(key, key) for key in keys), "95 % interval"], cells)

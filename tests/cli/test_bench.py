@@ -50,6 +50,8 @@ def test_equal_names_are_told_apart():
         (["bench", "lamagen"], 3, "llamagen"),
         (["bench", "llamagen-b-256", "--repeats", "0"], 3, "repeats"),
         (["bench", "llamagen-b-256"], 4, "not on this machine"),
+        (["bench", "kernels", "--op", "large_linear"], 3, "op"),
+        (["bench", "kernels", "--op", "windowed_scale_attention", "--rows", "2"], 2, "--rows has no effect"),
     ],
 )
 def test_bad_input_gives_one_message_and_its_exit_code(tmp_path, arguments, code, words):
@@ -84,6 +86,39 @@ def test_record_of_a_comparison_holds_every_stack_and_the_ratio(tmp_path, monkey
     assert record["stack"]["name"] == "ours" and record["cost"]["ceiling_ms"] == pytest.approx(1000.0)
     assert [entry["name"] for entry in record["stacks"]] == ["eager", "ours"]
     assert "2.00x" in _text(cli.bench_table(record))
+
+
+def test_kernel_record_holds_a_ratio_for_every_shape_of_the_chosen_ops(tmp_path, monkeypatch):
+    from arsp.bench import kernels as bench_kernels
+    from arsp.bench.timing import measure
+    from arsp.errors import ResourceError
+    from arsp.kernels import build
+
+    try:
+        build.ensure_library()
+    except ResourceError as error:
+        pytest.skip(error.message)
+    monkeypatch.setattr(bench_kernels, "measure", lambda work, **options: measure(work, repeats=1, warmup=0, memory=False))
+    monkeypatch.setattr(bench_kernels, "MAPS", {48: (1, 2, 3), 64: (1, 2, 4)})
+    monkeypatch.setattr(bench_kernels, "SHAPES", {"wo": (64, 32)})
+    monkeypatch.setattr(bench_kernels, "STREAM_BYTES", 1)
+    from typer.testing import CliRunner
+
+    from arsp.cli.app import app
+
+    monkeypatch.setenv("ARSP_RUNS", str(tmp_path))
+    expected = {"small_linear": ["wo, 3 rows"], "windowed_scale_attention": []}
+    expected["windowed_scale_attention"] = [f"d16 {px} px, window {r}, 2 rows" for px in (48, 64) for r in (1, 2, 3)]
+    for op, names in (("all", list(expected)), *((name, [name]) for name in expected)):
+        rows = ["--rows", "3"] if "small_linear" in names else []
+        done = CliRunner().invoke(app, ["bench", "kernels", "--op", op, *rows, "--threads", "1", "--json"])
+        assert done.exit_code == 0, done.output
+        metrics = json.loads(done.stdout)["metrics"]
+        assert {metric["name"] for metric in metrics} == {"ratio"}
+        assert [metric["protocol"] for metric in metrics] == [line for name in names for line in expected[name]]
+        assert all(metric["value"] > 0 and metric["low"] <= metric["value"] <= metric["high"] for metric in metrics)
+    # pairs along one side: 3 of 3 with the map of side 1, 4 of 6 with side 2, 7 of 9 with side 3
+    assert metrics[0]["kept"] == pytest.approx((3**2 + 4**2 + 7**2) / (9 * 14))
 
 
 def _text(table):
