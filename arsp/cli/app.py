@@ -16,6 +16,7 @@ from arsp.cli.options import report_error
 COMMANDS = {
     "train": "arsp.cli.train:train",
     "distill": "arsp.cli.distill:distill",
+    "sparsify": "arsp.cli.sparsify:sparsify",
     "sample": "arsp.cli.sample:sample",
     "evaluate": "arsp.cli.evaluate:evaluate",
     "bench": "arsp.cli.bench:bench",

@@ -24,7 +24,7 @@ class CostConfig(StrictModel):
     model: str = Field("var-d16", description="zoo name, bundle, or official file")
     windows: str | None = Field(None, description="2d:r=R, 1d:f=ROWS, or kept:SHARE of the query-key pairs")
     share: Literal["none", "map", "output"] | None = Field(None, description="what the guidance halves share")
-    apply: str | None = Field(None, description="litevar=PROFILE instead of windows and share")
+    apply: str | None = Field(None, description="litevar or litevar=PROFILE, instead of windows and share")
     collab: str | None = Field(None, description="BIG:SMALL@N instead of the model")
     guidance: bool = Field(True, description="both halves of guidance are run")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float16", description="of the cache")
@@ -45,7 +45,7 @@ def cost(
     model: Annotated[Optional[str], typer.Option(help="Zoo name, bundle, or official file (default: var-d16)")] = None,
     windows: Annotated[Optional[str], typer.Option(help="2d:r=R, 1d:f=ROWS (of the key map), or kept:SHARE of the pairs")] = None,
     share: Annotated[Optional[str], typer.Option(help="What the guidance halves share: none, map or output (default: none)")] = None,
-    apply: Annotated[Optional[str], typer.Option(help="litevar=PROFILE: windows and sharing of a profile")] = None,
+    apply: Annotated[Optional[str], typer.Option(help="litevar=PROFILE (without PROFILE: the packaged one)")] = None,
     collab: Annotated[
         Optional[str], typer.Option(help="BIG:SMALL@N: the big model makes the first N scales, the small one the rest")
     ] = None,
@@ -102,8 +102,12 @@ def var_record(source: ModelSource, config: CostConfig) -> dict[str, Any]:
     from arsp.bench import cost_var
 
     sizes = var_config(source)
-    savings = parse_savings(source, sizes, config)
-    attention = cost_var.attention_cost(sizes, savings, guidance=config.guidance)
+    if config.apply:
+        savings, lines = applied(source, sizes, config)
+    else:
+        savings = parse_savings(sizes, config)
+        lines = cost_var.attention_cost(sizes, savings, guidance=config.guidance).lines()
+    attention = cost_var.attention_cost(sizes, guidance=config.guidance)
     transformer = cost_var.count_parts(sizes, savings, guidance=config.guidance)
     tokenizer = tokenizer_parts(source)
     total = cost_var.total_macs(transformer)
@@ -112,7 +116,7 @@ def var_record(source: ModelSource, config: CostConfig) -> dict[str, Any]:
     kv_all = cost_var.cache_bytes(sizes, guidance=config.guidance, last_scale=True, dtype=dtype)
     dense = cost_var.total_macs(cost_var.count_parts(sizes, guidance=config.guidance))
     return {
-        "attention": [{**cost_var.describe([part])[0], "saved": saved} for part, saved in attention.lines()],
+        "attention": [{**cost_var.describe([part])[0], "saved": saved} for part, saved in lines],
         "parts": cost_var.describe([*transformer, *tokenizer]),
         "more": {
             "query-key pairs of a head and layer": attention.pairs,
@@ -185,16 +189,23 @@ def tokenizer_parts(source: ModelSource) -> list[Part]:
     return cost_var.tokenizer_parts(VQVAEConfig(**{key: tuple(x) if isinstance(x, list) else x for key, x in plain.items()}))
 
 
-def parse_savings(source: ModelSource, sizes: VARConfig, config: CostConfig) -> Savings:
-    """What --windows, --share or --apply leave. ConfigError when they make no sense for the model."""
-    from arsp.bench.cost_var import Savings, dense_savings
-    from arsp.sparse import window
-    from arsp.sparse.profile import SHARES, profile_for
+def applied(source: ModelSource, sizes: VARConfig, config: CostConfig) -> tuple[Savings, list[tuple[Part, float]]]:
+    """What is run with --apply litevar=PROFILE, and the lines of its attention."""
+    from arsp.bench.cost_var import Savings
+    from arsp.sparse.calibrate import attention_lines
+    from arsp.zoo.steps import policy_of
 
-    if config.apply:
-        profile = profile_for(config.apply, source)
-        pairs = window.pairs_per_scale(profile.win, sizes.patch_nums, profile.geometry).mean(1)
-        return Savings(pairs, profile.share.astype(int))
+    policy = policy_of(config.apply, source)
+    savings = Savings(policy.executed_pairs(), policy.profile.share.astype(int))
+    return savings, attention_lines(sizes, policy, guidance=config.guidance)[0]
+
+
+def parse_savings(sizes: VARConfig, config: CostConfig) -> Savings:
+    """What --windows and --share leave. ConfigError when they make no sense."""
+    from arsp.bench.cost_var import dense_savings
+    from arsp.sparse import window
+    from arsp.sparse.profile import SHARES
+
     share = SHARES.index(config.share or "none")
     if config.windows is None:
         return dense_savings(sizes, share=share)

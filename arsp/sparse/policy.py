@@ -89,6 +89,11 @@ class LiteVARPolicy:
         count.windowed += 2 * rows * pairs
         count.executed += (map_rows + value_rows) * (pairs if self.windowed[layer, s] and not self.simulated else dense)
 
+    def executed_pairs(self) -> np.ndarray:
+        """Query-key pairs per head that are computed, ``(layer, s)``, averaged over heads."""
+        dense = np.broadcast_to(np.array(dense_pairs(self.sides)), self.windowed.shape)
+        return np.where(self.windowed & (not self.simulated), self._pairs / self.profile.heads, dense)
+
     def report(self) -> dict[str, Any]:
         """What was run so far, for a record. Pairs are query-key pairs per head, both products counted; times D they are MACs."""
         total = {name: sum(getattr(count, name) for count in self.counts) for name in ("dense", "windowed", "executed")}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from arsp.runs import atomic_dir, sha256_file, write_json
 from arsp.sparse.litevar import CUT, MASK_KINDS, TAU, MaskKind
 from arsp.sparse.window import DENSE, GEOMETRIES, Geometry, dense_pairs, pairs_per_scale
 from arsp.zoo import bundle
-
-if TYPE_CHECKING:
-    from arsp.zoo.load import ModelSource
 
 FORMAT = 1
 TENSORS = "profile.safetensors"
@@ -160,24 +157,3 @@ def load_profile(path: Path | str) -> Profile:
         return Profile(patch_nums=tuple(config["patch_nums"]), win=win, share=share, **fields)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is not a valid profile ({type(error).__name__}: {error}).", "Make or copy it again.") from error
-
-
-def profile_for(apply: str, source: ModelSource, fingerprint: str | None = None) -> Profile:
-    """The profile of ``litevar=PATH``, checked against a model before its weights are read.
-
-    ``fingerprint``: SHA-256 of the model's weights where it is known already (default: what its bundle says; not compared without).
-    """
-    method, _, path = apply.partition("=")
-    if method != "litevar" or not path:
-        raise ConfigError(f"'{apply}': expected litevar=PROFILE.", "PROFILE is what arsp sparsify wrote.")
-    from arsp.zoo.load import stored_sha256
-
-    config = source.config
-    if source.family.name != "var":
-        raise ConfigError(f"{source.name} makes its codes one by one: LiteVAR windows belong to next-scale models.", "Use --model var.")
-    profile = load_profile(path)
-    profile.check_model(
-        source.label, patch_nums=config["patch_nums"], depth=config["depth"], heads=config["num_heads"],
-        fingerprint=fingerprint or stored_sha256(source),
-    )  # fmt: skip
-    return profile

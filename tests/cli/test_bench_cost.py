@@ -73,6 +73,7 @@ def test_the_table_shows_formulas_and_totals():
         (("--share", "map", "--no-guidance"), 2, "no halves"),
         (("--apply", "litevar=x", "--windows", "2d:r=1"), 2, "its own windows"),
         (("--apply", "quant=x"), 3, "litevar=PROFILE"),
+        (("--apply", "litevar"), 3, "no packaged profile"),
         (("--apply", "litevar=nowhere"), 4, "not a bundle"),
     ],
 )
