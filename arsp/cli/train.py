@@ -20,6 +20,7 @@ WHAT = ("tokenizer", "teacher", "features")
         "arsp train tokenizer -c examples/train-tokenizer.yaml",
         "arsp train teacher -c examples/train-teacher.yaml --tokenizer runs/train-tokenizer-1a2b3c4d",
         "arsp train teacher --data PHOTOS --tokenizer TOKENIZER --steps 20000 gpt.dim=256",
+        "arsp train teacher --family var --init var-small --scales 4-5 --steps 500",
         "arsp train features -c examples/train-features.yaml",
     ],
     shared=("device", "threads", "config", "out", "resume", "fail_if", "print_config"),
@@ -34,6 +35,8 @@ def train(
         Optional[str], typer.Option(help="Tokenizer of a teacher: bundle, run directory or embedded name [default: shapes-vq16]")
     ] = None,
     family: Annotated[Optional[str], typer.Option(help="llamagen or var; a teacher follows its tokenizer [default: llamagen]")] = None,
+    init: Annotated[Optional[str], typer.Option(help="Start from this teacher (var)")] = None,
+    scales: Annotated[Optional[str], typer.Option(help="a-b: train these scales only: a drafter or refiner (var)")] = None,
     steps: Annotated[Optional[int], typer.Option(help="Optimiser updates")] = None,
     lr: Annotated[Optional[float], typer.Option(help="Peak learning rate")] = None,
     batch_size: Annotated[Optional[int], typer.Option(help="Images or sequences an update")] = None,
@@ -44,10 +47,18 @@ def train(
         from arsp.errors import nearest
 
         raise ConfigError(f"unknown thing to train '{what}'.", nearest(what, WHAT))
-    named = {"data": data, "tokenizer": tokenizer, "optim.steps": steps, "optim.lr": lr, "optim.batch_size": batch_size, "optim.seed": seed}
-    if what != "teacher" and tokenizer is not None:
-        raise ConfigError(f"--tokenizer belongs to a teacher, not to {what}.")
+    named = {
+        "data": data, "tokenizer": tokenizer, "init": init, "scales": scales, "optim.steps": steps, "optim.lr": lr,
+        "optim.batch_size": batch_size, "optim.seed": seed,
+    }  # fmt: skip
+    if what == "teacher" and family is None and tokenizer is not None:
+        from arsp.zoo.load import resolve_tokenizer
+
+        family = resolve_tokenizer(tokenizer).family.name
     schema = schema_of(what, family)
+    for key in ("tokenizer", "init", "scales"):
+        if named[key] is not None and key not in schema.model_fields:
+            raise ConfigError(f"--{key} has no use for a {what} of the family {family or 'llamagen'}.")
     config = ctx.resolve(schema, {k: v for k, v in named.items() if k.split(".")[0] in schema.model_fields})
     ctx.plan(config)
     ctx.emit(run_training(ctx, what, config))

@@ -47,6 +47,7 @@ class Task(nn.Module):
     """What is trained. Registered sub-modules and buffers are checkpointed; frozen helpers are kept out of registration."""
 
     trained: nn.Module  # the module that is optimised, averaged and exported
+    no_decay: tuple[str, ...] = ()  # parameters with one of these parts in their name are not decayed, whatever their shape
 
     def loss(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Scalars of one batch; the entry "loss" is minimised, the others are logged."""
@@ -73,7 +74,7 @@ def fit(
     Interrupted after a checkpoint when a stop was asked for.
     """
     task.to(device).train()
-    optimizer = torch.optim.AdamW(_groups(task.trained, config.weight_decay), lr=config.lr, betas=config.betas)
+    optimizer = torch.optim.AdamW(_groups(task.trained, config.weight_decay, task.no_decay), lr=config.lr, betas=config.betas)
     average = {k: v.detach().clone() for k, v in task.trained.state_dict().items()} if config.ema else None
     state = {"step": 0, "elapsed_s": 0.0, "history": [], "sums": {}, "summed": 0}  # sums: training losses since the last evaluation
     folder = directory / "checkpoints"
@@ -173,9 +174,12 @@ def _evaluate(task: Task, average: dict[str, Tensor] | None) -> dict[str, float]
             task.trained.load_state_dict(raw)
 
 
-def _groups(module: nn.Module, decay: float) -> list[dict[str, Any]]:
-    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
-    rest = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
+def _groups(module: nn.Module, decay: float, no_decay: tuple[str, ...]) -> list[dict[str, Any]]:
+    matrices, rest = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or any(part in name for part in no_decay)
+            (rest if plain else matrices).append(parameter)
     return [{"params": matrices, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
 
 

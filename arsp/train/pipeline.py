@@ -14,17 +14,19 @@ from safetensors.torch import load_file, save_file
 
 from arsp.config import StrictModel
 from arsp.data.shapes import VARIANTS
+from arsp.decode.schedule import parse_scales
 from arsp.errors import ConfigError, InputError, nearest
 from arsp.metrics.features import FEATNET_NAME
 from arsp.models.llamagen import GPTConfig
+from arsp.models.var import VAR, VARConfig
 from arsp.runs import atomic_file
 from arsp.tokenizers.llamagen_vq import VQConfig, VQModel
 from arsp.tokenizers.var_vqvae import VQVAE, VQVAEConfig
 from arsp.train.data import load_pool
 from arsp.train.loop import OptimConfig, Task
-from arsp.train.tasks import FeatureTask, ScaleTokenizerTask, TeacherTask, TokenizerTask, tokenise
+from arsp.train.tasks import FeatureTask, ScaleTeacherTask, ScaleTokenizerTask, TeacherTask, TokenizerTask, tokenise
 from arsp.zoo.bundle import save_bundle
-from arsp.zoo.load import load_tokenizer, resolve_tokenizer
+from arsp.zoo.load import LoadedModel, load_model, load_tokenizer, resolve, resolve_tokenizer
 
 
 class VQSection(StrictModel):
@@ -99,6 +101,41 @@ class TeacherTraining(StrictModel):
     sampling: SamplingSection = Field(SamplingSection(), description="rule written into the card")
 
 
+class VARSection(StrictModel):
+    """Sizes of a VAR teacher; scales, vocabulary and classes come from the tokenizer and the data."""
+
+    depth: int = Field(8, ge=1)
+    embed_dim: int = Field(128, ge=4)
+    num_heads: int = Field(4, ge=1)
+    shared_aln: bool = False
+    cond_drop_rate: float = Field(0.1, ge=0, lt=1)
+    drop_path_rate: float = Field(0.0, ge=0, lt=1)
+
+
+class VARSampling(SamplingSection):
+    """The rule that the card of a VAR teacher recommends; guidance 0 is off."""
+
+    cfg: float = Field(0.5, ge=0)
+
+
+class VARTeacherTraining(StrictModel):
+    """Configuration of ``arsp train teacher --family var``."""
+
+    data: str = "shapes32-coarse"
+    tokenizer: str = "shapes-msvq"
+    var: VARSection = VARSection()
+    optim: OptimConfig = OptimConfig(
+        steps=3600, batch_size=64, lr=1.5e-3, warmup=150, schedule="cosine", eval_every=200, checkpoint_every=200
+    )
+    sampling: VARSampling = Field(VARSampling(), description="rule written into the card")
+    short: float = Field(0.6, ge=0, le=1, description="share of the updates that train the first short_scales scales only")
+    short_scales: int = Field(4, ge=1)
+    init: str | None = Field(None, description="start from this teacher of the same tokenizer (its sizes are taken)")
+    scales: str | None = Field(None, description="a-b: train these scales only (a drafter or a refiner)")
+    expert: str | None = Field(None, description="match the law of this teacher too")
+    expert_weight: float = Field(0.5, ge=0, le=1)
+
+
 class FeatureTraining(StrictModel):
     """Configuration of ``arsp train features`` (the packaged network is frozen: it defines the metric's name)."""
 
@@ -112,6 +149,7 @@ SCHEMAS: dict[tuple[str, str], type[StrictModel]] = {  # (what, family)
     ("tokenizer", "llamagen"): TokenizerTraining,
     ("tokenizer", "var"): VARTokenizerTraining,
     ("teacher", "llamagen"): TeacherTraining,
+    ("teacher", "var"): VARTeacherTraining,
     ("features", "llamagen"): FeatureTraining,
 }
 
@@ -127,7 +165,8 @@ class Job:
 def prepare(config: Any, directory: Path, stage: Callable[[int, str], Any], log: Callable[[str], None]) -> Job:
     """Data and task of a training, told by its schema. InputError or ConfigError before any long work when the data do not fit."""
     makers = {
-        TokenizerTraining: _tokenizer, VARTokenizerTraining: _var_tokenizer, TeacherTraining: _teacher, FeatureTraining: _features,
+        TokenizerTraining: _tokenizer, VARTokenizerTraining: _var_tokenizer, TeacherTraining: _teacher,
+        VARTeacherTraining: _var_teacher, FeatureTraining: _features,
     }  # fmt: skip
     return makers[type(config)](config, directory, stage, log)
 
@@ -160,11 +199,12 @@ def _pool(data: str) -> tuple[torch.Tensor, torch.Tensor, int]:
     return images, images[torch.linspace(0, len(images) - 1, min(1000, len(images))).long()], images.shape[-1]
 
 
-def _teacher(config: TeacherTraining, directory: Path, stage: Callable, log: Callable) -> Job:
-    tokenizer = load_tokenizer(config.tokenizer)
-    images, labels, names = load_pool(config.data)
-    if images.shape[-1] != tokenizer.config.image_size:
-        raise InputError(f"{config.data}: images of {images.shape[-1]} px, the tokenizer takes {tokenizer.config.image_size} px.")
+def _codes(data: str, tokenizer: Any, directory: Path, stage: Callable, log: Callable) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Codes and labels of all images, kept in the run directory, and the names of the classes."""
+    images, labels, names = load_pool(data)
+    side = tokenizer.config.image_size
+    if images.shape[-1] != side:
+        raise InputError(f"{data}: images of {images.shape[-1]} px, the tokenizer takes {side} px.")
     cache = directory / "codes.safetensors"
     if cache.exists():
         log(f"codes of an earlier start: {cache}")
@@ -175,9 +215,26 @@ def _teacher(config: TeacherTraining, directory: Path, stage: Callable, log: Cal
             save_file({"codes": codes, "labels": labels}, temporary)
     try:
         stored = load_file(cache)
-        codes, labels = stored["codes"], stored["labels"]
+        return stored["codes"], stored["labels"], names
     except (SafetensorError, KeyError) as error:
         raise InputError(f"{cache} cannot be read: {error}", f"Delete {cache} and run the same command again.") from error
+
+
+def _held_out(codes: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.linspace(0, len(codes) - 1, min(1000, len(codes))).long()
+    return codes[rows], labels[rows]
+
+
+def _tokenizer_parts(name: str, tokenizer: Any) -> dict[str, Any]:
+    """How a teacher's bundle holds its tokenizer: an embedded one by name, others in full."""
+    if resolve_tokenizer(name).origin == "embedded":
+        return {"tokenizer": {"bundle": name}}
+    return {"tokenizer": {"config": _plain(tokenizer.config)}, "tokenizer_weights": tokenizer.state_dict()}
+
+
+def _teacher(config: TeacherTraining, directory: Path, stage: Callable, log: Callable) -> Job:
+    tokenizer = _tokenizer_of(config.tokenizer, "llamagen")
+    codes, labels, names = _codes(config.data, tokenizer, directory, stage, log)
     drop = config.gpt.dropout
     gpt = GPTConfig(
         dim=config.gpt.dim,
@@ -192,13 +249,60 @@ def _teacher(config: TeacherTraining, directory: Path, stage: Callable, log: Cal
         resid_dropout_p=drop,
         ffn_dropout_p=drop,
     )
-    rows = torch.linspace(0, len(codes) - 1, min(1000, len(codes))).long()
-    task = TeacherTask(gpt, codes, labels, (codes[rows], labels[rows]), seed=config.optim.seed)
-    embedded = resolve_tokenizer(config.tokenizer).origin == "embedded"
-    spec = {"bundle": config.tokenizer} if embedded else {"config": _plain(tokenizer.config)}
-    weights = None if embedded else tokenizer.state_dict()
-    more = {"tokenizer": spec, "tokenizer_weights": weights, "sampling": config.sampling.model_dump(), "classes": names}
+    task = TeacherTask(gpt, codes, labels, _held_out(codes, labels), seed=config.optim.seed)
+    more = {**_tokenizer_parts(config.tokenizer, tokenizer), "sampling": config.sampling.model_dump(), "classes": names}
     return Job(task, lambda path, state: _bundle(path, "llamagen", "teacher", asdict(gpt), task, state, config.data, **more))
+
+
+def _tokenizer_of(name: str, family: str) -> Any:
+    """The tokenizer, if it is one of the family."""
+    found = resolve_tokenizer(name).family.name
+    if found != family:
+        raise ConfigError(f"--tokenizer {name} belongs to the family {found}, this trains {family}.", f"Use --family {found}.")
+    return load_tokenizer(name)
+
+
+def _var_teacher(config: VARTeacherTraining, directory: Path, stage: Callable, log: Callable) -> Job:
+    tokenizer = _tokenizer_of(config.tokenizer, "var")
+    sides = tokenizer.config.patch_nums
+    scales = parse_scales(config.scales, len(sides)) if config.scales else range(len(sides))
+    if config.short and not scales.start < config.short_scales <= scales.stop:
+        config = config.model_copy(update={"short": 0.0})  # the short sequence would hold nothing that is trained
+    others = {name: _same_scales(name, tokenizer) for name in (config.init, config.expert) if name}
+    codes, labels, names = _codes(config.data, tokenizer, directory, stage, log)
+    if config.init:
+        model, sizes = others[config.init].module.float().requires_grad_(True), others[config.init].module.config
+        if sizes.num_classes != len(names):
+            raise ConfigError(f"{config.init} knows {sizes.num_classes} classes, {config.data} has {len(names)}.")
+    else:
+        sizes = VARConfig(
+            **config.var.model_dump(), num_classes=len(names), vocab_size=tokenizer.config.vocab_size,
+            code_dim=tokenizer.config.z_channels, patch_nums=sides,
+        )  # fmt: skip
+        model = VAR(sizes)
+        model.init_weights(torch.Generator().manual_seed(config.optim.seed))
+    task = ScaleTeacherTask(
+        model, tokenizer.quantize, codes, labels, _held_out(codes, labels), scales=(scales.start, scales.stop - 1), short=config.short,
+        short_scales=config.short_scales, expert=others[config.expert].module if config.expert else None, weight=config.expert_weight,
+    )  # fmt: skip
+    more = {**_tokenizer_parts(config.tokenizer, tokenizer), "sampling": config.sampling.model_dump(), "classes": names}
+    if config.scales:
+        more["scales"] = [scales.start, scales.stop - 1]
+    return Job(task, lambda path, state: _bundle(path, "var", "teacher", _plain(sizes), task, state, config.data, **more))
+
+
+def _same_scales(name: str, tokenizer: Any) -> LoadedModel:
+    """A VAR teacher over the codes of ``tokenizer``."""
+    source = resolve(name)
+    if source.kind != "teacher" or source.family.name != "var":
+        raise ConfigError(f"{name} is a {source.family.name} {source.kind}; a VAR teacher is needed here.", "For example var.")
+    loaded = load_model(source)
+    if (
+        not torch.equal(loaded.codebook_VE, tokenizer.codebook_VE.float())
+        or tuple(source.config["patch_nums"]) != tokenizer.config.patch_nums
+    ):
+        raise ConfigError(f"{name} was trained on another tokenizer.")
+    return loaded
 
 
 def _features(config: FeatureTraining, directory: Path, stage: Callable, log: Callable) -> Job:

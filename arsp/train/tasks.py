@@ -1,4 +1,4 @@
-"""What ``arsp train`` trains: the feature network, a VQ tokenizer, a class-conditional LlamaGen teacher."""
+"""What ``arsp train`` trains: the feature network, a tokenizer, a class-conditional teacher."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from arsp.data import shapes
 from arsp.metrics.features import FeatNet
 from arsp.models.llamagen import GPT, GPTConfig
+from arsp.models.var import VAR
 from arsp.runs import check_stop
 from arsp.tokenizers.llamagen_vq import VQModel
 from arsp.tokenizers.pixels import to_pixels
@@ -207,8 +208,65 @@ class TeacherTask(Task):
         return {"nats_per_token": float(sum(loss * n for loss, n in parts) / len(codes))}
 
 
+class ScaleTeacherTask(Task):
+    """Cross-entropy of a VAR on tokenised images (arXiv 2404.02905), every position the same weight, classes dropped for guidance.
+
+    ``scales``: first and last scale that is trained (a specialised drafter or refiner, arXiv 2411.17787); the sequence ends there.
+    ``short``: share of the updates that see the first ``short_scales`` scales only: they decide the image and hold few codes.
+    ``expert``: another VAR whose law is matched too, ``weight`` KL(expert || model) + (1 - ``weight``) cross-entropy.
+    """
+
+    no_decay = ("pos_", "lvl_embed", "ada_gss", "scale_mul")
+
+    def __init__(
+        self, model: VAR, quantizer: nn.Module, codes_NL: Tensor, labels_N: Tensor, held_out: tuple[Tensor, Tensor], *,
+        scales: tuple[int, int] | None = None, short: float = 0.0, short_scales: int = 0, expert: VAR | None = None, weight: float = 0.0,
+    ):  # fmt: skip
+        super().__init__()
+        self.trained, self.config = model, model.config
+        self.codes, self.labels, self.held_out = codes_NL, labels_N, held_out
+        self.first, self.last = scales or (0, model.config.num_scales - 1)
+        self.short, self.short_scales, self.weight = short, short_scales, weight
+        self._frozen = [quantizer, expert]  # in a list: no part of the checkpoint
+
+    def _logits(self, codes_BL: Tensor, labels_B: Tensor, last: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits and codes of scales first .. last, and the expert's logits of the same positions."""
+        quantizer, expert = self._frozen
+        device, own = self.trained.head.weight.device, self.config.scale_slice(self.first, last)
+        codes_BL, labels_B = codes_BL.to(device), labels_B.to(device)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            end = self.config.scale_slice(0, last - 1).stop
+            inputs = quantizer.to(device).inputs(codes_BL[:, :end]) if last else codes_BL.new_zeros(len(codes_BL), 0, self.config.code_dim)
+            taught = expert.to(device)(labels_B, inputs)[:, own] if expert is not None else None
+        return self.trained(labels_B, inputs)[:, own], codes_BL[:, own], taught
+
+    def loss(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(self.codes), (batch_size,), generator=generator)
+        labels = self.labels[rows].clone()
+        labels[torch.rand(batch_size, generator=generator) < self.config.cond_drop_rate] = self.config.num_classes
+        cut = float(torch.rand(1, generator=generator)) < self.short
+        logits, codes, taught = self._logits(self.codes[rows], labels, self.short_scales - 1 if cut else self.last)
+        ce = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+        if taught is None:
+            return {"loss": ce}
+        kl = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(taught, -1), reduction="none", log_target=True).sum(-1).mean()
+        return {"loss": self.weight * kl + (1 - self.weight) * ce, "ce": ce, "kl": kl}
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Nats a code, an image, and a code of each scale."""
+        codes, labels = self.held_out
+        total = 0.0
+        for c, y in zip(codes.split(256), labels.split(256), strict=True):
+            logits, target, _ = self._logits(c, y, self.last)
+            total = total + F.cross_entropy(logits.transpose(1, 2), target, reduction="none").sum(0)
+        by_position = total / len(codes)
+        sizes = [pn * pn for pn in self.config.patch_nums[self.first : self.last + 1]]
+        scales = {f"nats_scale_{self.first + i}": float(part.mean()) for i, part in enumerate(by_position.split(sizes))}
+        return {"nats_per_token": float(by_position.mean()), "nats_per_image": float(by_position.sum()), **scales}
+
+
 @torch.inference_mode()
-def tokenise(tokenizer: VQModel, images_u8: Tensor, progress=lambda n: None) -> Tensor:
+def tokenise(tokenizer: VQModel | VQVAE, images_u8: Tensor, progress=lambda n: None) -> Tensor:
     """Codes ``(N, L)`` int64 of all images, in batches of 256. Interrupted between batches when asked to stop."""
     parts = []
     for batch in images_u8.split(256):
