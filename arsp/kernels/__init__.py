@@ -17,7 +17,7 @@ from torch import Tensor
 from arsp.errors import ConfigError, ResourceError, nearest
 from arsp.kernels import build, ops, reference
 
-__all__ = ["BACKENDS", "MAX_ROWS", "OPS", "backends", "set_backend", "small_linear", "windowed_scale_attention"]
+__all__ = ["BACKENDS", "MAX_ROWS", "OPS", "backends", "set_backend", "skips_windows", "small_linear", "windowed_scale_attention"]
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 MAX_ROWS = 16  # up to here the weights are what a linear layer waits for; beyond, torch's blocked product is better
@@ -131,6 +131,11 @@ def windowed_scale_attention(
     _check_windowed(q_BHnD, k_BHTD, v_GHTD, windows_Hs, sides, scale_index)
     apply = ops.windowed_scale_attention if _applies(q_BHnD, k_BHTD, v_GHTD) else reference.windowed_scale_attention
     return apply(q_BHnD, k_BHTD, v_GHTD, windows_Hs, sides, scale_index)
+
+
+def skips_windows(q_BHnD: Tensor, k_BHTD: Tensor, v_GHTD: Tensor) -> bool:
+    """Whether :func:`windowed_scale_attention` leaves out what the windows drop; the reference only masks it."""
+    return _applies(q_BHnD, k_BHTD, v_GHTD)
 
 
 def _check_windowed(q_BHnD: Tensor, k_BHTD: Tensor, v_GHTD: Tensor, windows_Hs: Tensor, sides: Sequence[int], scale_index: int) -> None:

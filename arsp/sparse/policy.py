@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from arsp.errors import ConfigError
-from arsp.kernels import windowed_scale_attention
+from arsp.kernels import skips_windows, windowed_scale_attention
 from arsp.models.attention import AttentionContext, by_scale, dense_attention, visible
 from arsp.sparse.litevar import CUT, MassHistogram, masked_attention
 from arsp.sparse.profile import Profile
@@ -35,7 +35,8 @@ class LiteVARPolicy:
 
     2-D windows with the mask ``neginf`` skip what they leave out (:func:`arsp.kernels.windowed_scale_attention`). A (layer, scale) that
     would keep more than ``DENSE_ABOVE`` of its pairs is computed dense, without windows: ``dense_instead`` lists them. 1-D bands and the
-    two official masks are dense attention with a mask: ``simulated`` is True. ``counts`` says what was run.
+    two official masks are dense attention with a mask: ``simulated`` is True. It becomes True as well when the kernel does not apply and
+    its dense reference had to run. ``counts`` says what was run.
     """
 
     def __init__(self, profile: Profile):
@@ -43,8 +44,9 @@ class LiteVARPolicy:
         self.sides = tuple(profile.patch_nums)
         kept = profile.kept()
         windowed = kept < 1.0
-        self.simulated = bool(windowed.any()) and (profile.geometry == "1d" or profile.mask != "neginf")
-        replaced = windowed & (kept > DENSE_ABOVE) & (not self.simulated)
+        self.masked = profile.geometry == "1d" or profile.mask != "neginf"
+        self.simulated = self.masked and bool(windowed.any())
+        replaced = windowed & (kept > DENSE_ABOVE) & (not self.masked)
         self.dense_instead = [(int(layer), int(s)) for layer, s in np.argwhere(replaced)]
         self.windowed = windowed & ~replaced
         self.counts = [ScaleCount() for _ in self.sides]
@@ -65,13 +67,16 @@ class LiteVARPolicy:
         return by_scale(q_BHnD, k_BHTD, v_BHTD, ctx, lambda s, q, k, v: self._attend(q, k, v, layer, s, scale, shared_output))
 
     def _attend(self, q_BHnD: Tensor, k_BHTD: Tensor, v_RHTD: Tensor, layer: int, s: int, scale: float, shared_output: bool) -> Tensor:
-        self._count(layer, s, len(q_BHnD), len(v_RHTD), shared_output)
-        if not self.windowed[layer, s]:
+        windowed = bool(self.windowed[layer, s])
+        skips = windowed and not self.masked and skips_windows(q_BHnD, k_BHTD, v_RHTD)
+        self.simulated |= windowed and not skips
+        self._count(layer, s, len(q_BHnD), len(v_RHTD), shared_output, skips)
+        if not windowed:
             return dense_attention(q_BHnD, k_BHTD, v_RHTD, scale)
         q_BHnD = q_BHnD if scale == 1 else q_BHnD * scale
-        windows_Hu = self.profile.win[layer, :, s, : s + 1]
-        if not self.simulated:
+        if not self.masked:
             return windowed_scale_attention(q_BHnD, k_BHTD, v_RHTD, self._windows(layer, s, q_BHnD.device), self.sides, s)
+        windows_Hu = self.profile.win[layer, :, s, : s + 1]
         kept_HnT = scale_mask(windows_Hu, self.sides, s, self.profile.geometry).to(q_BHnD.device)
         return masked_attention(q_BHnD, k_BHTD, v_RHTD, kept_HnT, self.profile.mask)
 
@@ -81,18 +86,18 @@ class LiteVARPolicy:
             self._on_device[key] = torch.from_numpy(self.profile.win[layer, :, s, : s + 1].astype(np.int32)).to(device)
         return self._on_device[key]
 
-    def _count(self, layer: int, s: int, map_rows: int, value_rows: int, shared_output: bool) -> None:
+    def _count(self, layer: int, s: int, map_rows: int, value_rows: int, shared_output: bool, skips: bool) -> None:
         # where the halves share the output, the null rows do not get here; dense attention would have had them
         rows = 2 * value_rows if shared_output else value_rows
         count, pairs, dense = self.counts[s], int(self._pairs[layer, s]), self._dense[s]
         count.dense += 2 * rows * dense
         count.windowed += 2 * rows * pairs
-        count.executed += (map_rows + value_rows) * (pairs if self.windowed[layer, s] and not self.simulated else dense)
+        count.executed += (map_rows + value_rows) * (pairs if skips else dense)
 
     def executed_pairs(self) -> np.ndarray:
         """Query-key pairs per head that are computed, ``(layer, s)``, averaged over heads."""
         dense = np.broadcast_to(np.array(dense_pairs(self.sides)), self.windowed.shape)
-        return np.where(self.windowed & (not self.simulated), self._pairs / self.profile.heads, dense)
+        return np.where(self.windowed & (not self.masked), self._pairs / self.profile.heads, dense)
 
     def report(self) -> dict[str, Any]:
         """What was run so far, for a record. Pairs are query-key pairs per head, both products counted; times D they are MACs."""

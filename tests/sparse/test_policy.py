@@ -61,7 +61,7 @@ def expected(q, k, v, profile, layer, first, last, scale=0.7):
 def test_a_pass_over_several_scales_equals_the_masks(geometry, mask, simulated, layer):
     profile = profile_of(geometry, mask)
     policy, (q, k, v) = LiteVARPolicy(profile), qkv(2, 0, 3)
-    assert policy.simulated == simulated and policy.windowed[0, 3] and not policy.dense_instead
+    assert policy.masked == simulated == policy.simulated and policy.windowed[0, 3] and not policy.dense_instead
     got = policy.attend(q, k, v, layer, context(0, 3))
     assert_close(got, expected(q, k, v, profile, layer, 0, 3), abs_tol=2e-5, what="attention")
 
@@ -81,7 +81,8 @@ def test_scale_by_scale_through_the_cache_with_a_shared_map():
     assert_close(torch.cat(got, 2), expected(q, k, v, profile, 0, 0, 3), abs_tol=2e-5, what="attention")
 
 
-def test_counts_say_what_was_run():
+def test_counts_say_what_was_run(monkeypatch):
+    monkeypatch.setattr("arsp.sparse.policy.skips_windows", lambda *tensors: True)  # also where nothing can be compiled
     profile = profile_of(share="map")
     q, k, v = qkv(2, 3, 3)
     k, v = (torch.randn(2, HEADS, ENDS[3], WIDTH) for _ in range(2))
@@ -98,6 +99,14 @@ def test_counts_say_what_was_run():
     report = policy.report()
     assert report["executed_share"] == pytest.approx(6 * kept / (8 * dense)) and report["pairs"]["windowed"] == 8 * kept
     assert [entry["scale"] for entry in report["scales"]] == [3] and not report["simulated"]
+
+
+def test_without_the_kernel_nothing_is_skipped_and_said_so(monkeypatch):
+    monkeypatch.setattr("arsp.sparse.policy.skips_windows", lambda *tensors: False)
+    policy = LiteVARPolicy(profile_of())
+    assert not policy.simulated
+    policy.attend(*qkv(1, 0, 3), 0, context(0, 3))
+    assert policy.simulated and policy.counts[3].executed == policy.counts[3].dense > policy.counts[3].windowed
 
 
 def test_sharing_the_output_counts_the_half_that_is_not_there():
