@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arsp.errors import ConfigError, InputError
 from arsp.models.var import DERIVED_KEYS, VAR, VARConfig, block_causal_mask
+from arsp.models.var_student import VARStudent
 from arsp.tokenizers.var_vqvae import PATCH_NUMS, VQVAE, VQVAEConfig
 from arsp.zoo.bundle import mismatch
 from arsp.zoo.convert import read_tensors, require, unwrap
@@ -45,7 +46,7 @@ def read_var(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = var_config(weights, path)
     _check_derived(weights, config, path)
     weights = {key: value for key, value in weights.items() if not _is_derived(key)}
-    _check(lambda: _expected(config), weights, describe(config), path)
+    _check(lambda: _build(config), weights, describe(config), path)
     return weights, config
 
 
@@ -65,7 +66,7 @@ def read_var_vq(path: Path, num_scales: int | None = None) -> tuple[dict[str, Te
     weights[_USAGE] = usage if usage.shape[:1] == (scales,) else torch.zeros(scales, config["vocab_size"])
     full = {**config, "ch_mult": tuple(config["ch_mult"]), "patch_nums": tuple(range(1, scales + 1))}
     what = f"a VAR tokenizer of {config['vocab_size']} codes, base width {config['ch']}, multipliers {config['ch_mult']}"
-    _check(lambda: VQVAE(VQVAEConfig(**full)).state_dict(), weights, what, path)
+    _check(lambda: VQVAE(VQVAEConfig(**full)), weights, what, path)
     return weights, config
 
 
@@ -159,33 +160,25 @@ def _check_derived(weights: dict[str, Tensor], config: dict[str, Any], path: Pat
         raise InputError(f"{path} holds {describe(config)}, but its {wrong[0]} is not that of such a model.")
 
 
+def _build(config: dict[str, Any]) -> VAR | VARStudent:
+    sizes = VARConfig.from_dict(config)
+    return VARStudent(sizes, sizes.code_dim) if config.get("student") else VAR(sizes)
+
+
 def _visible(config: dict[str, Any]) -> Tensor:
-    """Boolean ``(1, 1, L, L)``. A student's position sees the coarser levels and itself, not the others of its scale."""
+    """Boolean ``(1, 1, L, L)``: what each position sees."""
     if not config.get("student"):
         return block_causal_mask(tuple(config["patch_nums"]))
-    mask = block_causal_mask((1, *config["patch_nums"]))
-    return mask & ~mask.mT | torch.eye(mask.shape[-1], dtype=torch.bool)
+    with torch.device("meta"):
+        student = _build(config)
+    return student.levels_and_mask(torch.device("cpu"))[1]
 
 
-def _expected(config: dict[str, Any]) -> dict[str, Tensor]:
-    """Keys and shapes of the state dict, on the current device."""
-    state = VAR(VARConfig.from_dict(config)).state_dict()
-    if not config.get("student"):
-        return state
-    C, E = config["embed_dim"], config["code_dim"]
-    more = {"n_d_embed.weight": (2, C), "final_layer_conti.scale_shift_table": (2, C)}
-    more |= {"final_layer_conti.linear.weight": (E, C), "final_layer_conti.linear.bias": (E,)}
-    for i in range(config["depth"] + 1):
-        more |= {f"layerwise_n_d_embed.{i}.weight": (C, C), f"layerwise_n_d_embed.{i}.bias": (C,)}
-    more |= {_KEY: (1, state[_KEY].shape[1] + 1, C), "lvl_embed.weight": (len(config["patch_nums"]) + 1, C)}
-    return {**state, **{key: torch.empty(shape) for key, shape in more.items()}}
-
-
-def _check(expected: Callable[[], dict[str, Tensor]], weights: dict[str, Tensor], what: str, path: Path) -> None:
-    """InputError unless ``weights`` are those that ``expected`` makes on the meta device."""
+def _check(build: Callable[[], nn.Module], weights: dict[str, Tensor], what: str, path: Path) -> None:
+    """InputError unless ``weights`` are those of the module, built on the meta device."""
     try:
         with torch.device("meta"):
-            problems = mismatch(expected(), weights)
+            problems = mismatch(build().state_dict(), weights)
     except (ConfigError, ValueError, ZeroDivisionError) as error:
         problems = str(error).rstrip(".")
     if problems:
