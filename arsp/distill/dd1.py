@@ -2,7 +2,8 @@
 
 For a batch row with ``t`` known codes, t drawn from {0, t2}: the input holds codebook vectors before t and the ORIGINAL noise
 behind; the targets are the teacher's codes. Loss = ce * CE(logits, codes) + vec * |vectors - codebook[codes]|^2 / E, both over
-positions >= t. No image data is used anywhere.
+positions >= t. No image data is used anywhere. A share of the updates may train the first codes only: what a student says about them
+does not depend on what follows, and where the sequence ends in many codes that follow from the first, they deserve more updates.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class DD1Config(StrictModel):
     known: tuple[int, ...] = Field((0, 5), description="counts of known codes that are trained: 0 and the start of the second step")
     ce: float = Field(1.0, ge=0, description="weight of the cross-entropy on codes")
     vec: float = Field(1.0, ge=0, description="weight of the squared error on codebook vectors")
+    short: float = Field(0.0, ge=0, le=1, description="share of the updates that train the first short_codes codes only")
+    short_codes: int = Field(0, ge=0, description="codes of a short update: behind known, whole scales of a VAR")
 
 
 class DD1Task(Task):
@@ -40,7 +43,10 @@ class DD1Task(Task):
     def loss(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(self.training_set), (batch_size,), generator=generator)
         which = torch.randint(len(self.config.known), (batch_size,), generator=generator)
-        codes, labels, noise = (x.to(self.codebook.device) for x in self.training_set.batch(rows))
+        length = None
+        if self.config.short and torch.rand((), generator=generator) < self.config.short:
+            length = self.config.short_codes
+        codes, labels, noise = (x.to(self.codebook.device) for x in self.training_set.batch(rows, length))
         known = torch.tensor(self.config.known)[which].to(self.codebook.device)
         logits, vectors = self.trained(labels, trajectory_point(codes, noise, known, self.codebook), known)
         unknown = torch.arange(codes.shape[1], device=known.device) >= known[:, None]

@@ -97,6 +97,13 @@ def check(config: DistillConfig, source: ModelSource) -> DistillConfig:
         raise ConfigError(
             f"objective.known {list(config.objective.known)}: it follows from student_steps and second_step_at, here {list(known)}."
         )
+    short, ends = config.objective.short_codes, [end for end in source.layout.ends[:-1] if end > known[-1]]
+    if config.objective.short and short not in ends:
+        raise ConfigError(
+            f"objective.short_codes {short}: expected more than {known[-1]} and less than {source.layout.num_tokens} codes"
+            + ("." if source.layout.is_raster else f" at the end of a scale, here {ends}."),
+            "Or objective.short=0: every update trains all codes.",
+        )
     if source.origin == "file" and config.tokenizer is None:
         raise InputError(
             f"{source.name} is an official file without a tokenizer, and the flow map needs its codebook.", "Give --tokenizer FILE."

@@ -134,9 +134,9 @@ class Trajectories:
         """A part of the set."""
         return Trajectories(self.tokens_NL[index], self.labels_N[index], self.sample_ids_N[index], self.seed, self.code_dim)
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``codes_BL`` int64, ``labels_B`` int64 and the regenerated ``noise_BLE`` of these rows."""
-        codes, labels = self.tokens_NL[rows].long(), self.labels_N[rows].long()
+    def batch(self, rows: Tensor, length: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``codes_BL`` int64, ``labels_B`` int64 and the regenerated ``noise_BLE`` of these rows, of the first ``length`` positions."""
+        codes, labels = self.tokens_NL[rows, :length].long(), self.labels_N[rows].long()
         request = Request(self.sample_ids_N[rows], self.seed, labels_B=labels)
         return codes, labels, request_noise(request, codes.shape[1], self.code_dim)
 
