@@ -138,27 +138,26 @@ class MassHistogram:
         key scales that may be windowed (default: the official ones). A head without any mass keeps everything.
         """
         blocks = windowed_keys(self.s) if blocks is None else blocks
-        mass = torch.stack([h.sum(1) for h in self.mass_u], 1)  # (H, s + 1), shrinks as windows are applied
+        held_u = [histogram.cumsum(1).numpy() for histogram in self.mass_u]  # mass that the window w keeps
+        mass = np.stack([held[:, -1] for held in held_u], 1)  # (H, s + 1), shrinks as windows are applied
         windows = np.full(mass.shape, DENSE, dtype=np.int16)
-        for head in range(len(mass)):
-            if float(mass[head].sum()) == 0.0:
-                continue
-            for u in blocks:
-                total, block = float(mass[head].sum()), float(mass[head, u])
-                if self._is_light(mass[head], u, block, total):
+        for u in blocks:
+            tried = np.array(candidates(len(mass), self.sides, self.s, u, self.geometry))
+            for head in np.flatnonzero(mass.sum(1) > 0):
+                if self._is_light(mass[head], u):
                     windows[head, u], mass[head, u] = DROPPED, 0.0
                     continue
-                held = self.mass_u[u][head].cumsum(0)
-                for window in candidates(len(mass), self.sides, self.s, u, self.geometry):
-                    if float(held[min(window, len(held) - 1)]) >= tau * block:
-                        windows[head, u], mass[head, u] = window, held[min(window, len(held) - 1)]
-                        break
+                held = held_u[u][head, np.minimum(tried, held_u[u].shape[1] - 1)]
+                enough = np.flatnonzero(held >= tau * mass[head, u])
+                if len(enough):
+                    windows[head, u], mass[head, u] = tried[enough[0]], held[enough[0]]
         return windows
 
-    def _is_light(self, mass_u: Tensor, u: int, block: float, total: float) -> bool:
-        light = block / total < drop_below(self.sides, self.s, u) if total > 0 else False
+    def _is_light(self, mass_u: np.ndarray, u: int) -> bool:
+        share_u = mass_u / mass_u.sum()
+        light = share_u[u] < drop_below(self.sides, self.s, u)
         if len(self.sides) == len(OFFICIAL_SIDES) and self.s == u == LAST_SCALE:
-            return light and float(mass_u[u - 2 : u].sum()) / total < LAST_SCALE_NEXT_BELOW
+            return light and share_u[u - 2 : u].sum() < LAST_SCALE_NEXT_BELOW
         return light
 
 
