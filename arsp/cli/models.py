@@ -62,6 +62,8 @@ def describe(name: str) -> dict[str, Any]:
             module = FeatNet()
         elif source.kind == "tokenizer":
             module = source.family.build_tokenizer(source.config)
+        elif source.kind == "profile":
+            module = torch.nn.Module()  # windows of another model: nothing to compute with
         elif source.kind == "student":
             module = source.family.build_student(source.config, source.card["code_dim"])
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ import torch
 from arsp.decode.schedule import ScaleRow, ScaleStep, check_rows
 from arsp.errors import ConfigError
 from arsp.models.attention import DensePolicy
+from arsp.runs import sha256_file
 from arsp.zoo.load import LoadedModel, ModelSource, load_model, resolve, stored_sha256
 
 ALIKE = ("patch_nums", "vocab_size", "code_dim", "num_classes")  # configuration values that models of one image must share
@@ -67,9 +70,21 @@ def policy_of(attention: str, source: ModelSource, random_weights: bool = False)
     config = source.config
     profile.check_model(
         source.name, patch_nums=config["patch_nums"], depth=config["depth"], heads=config["num_heads"],
-        fingerprint=None if random_weights else stored_sha256(source),
+        fingerprint=None if random_weights else _fingerprint(source),
     )  # fmt: skip
     return LiteVARPolicy(profile)
+
+
+def _fingerprint(source: ModelSource) -> str | None:
+    """SHA-256 of the weights a model would be loaded with; None where they are not on this machine."""
+    if source.path is None or source.path.is_dir():
+        return stored_sha256(source)
+    return _file_sha256(source.path, source.path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _file_sha256(path: Path, mtime_ns: int) -> str:
+    return sha256_file(path)
 
 
 def packaged_profile(source: ModelSource) -> str:

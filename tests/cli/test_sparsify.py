@@ -103,6 +103,29 @@ def test_a_profile_of_other_weights_is_refused_before_loading(model, tmp_path):
     refused(invoke("sample", "--model", other, f"stack.apply=[{use}]"), 4, "calibrated on", "arsp sparsify")
 
 
+def test_official_files_are_told_apart_by_their_content(model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    levels = torch.repeat_interleave(torch.arange(len(SIDES)), torch.tensor([side**2 for side in SIDES]))
+    weights = {**load_file(model / "model.safetensors"), "lvl_1L": levels[None]}
+    save_file(weights, tmp_path / "var.safetensors")
+    save_file(load_file(model / "tokenizer.safetensors"), tmp_path / "vq.safetensors")
+    files = ("--model", tmp_path / "var.safetensors", "--tokenizer", tmp_path / "vq.safetensors")
+    record_of(invoke("sparsify", *files, *FEW, "--out", tmp_path / "run", "--json"))
+    use = ("--apply", f"litevar={tmp_path / 'run'}")
+    record_of(invoke("bench", "cost", "--model", tmp_path / "var.safetensors", *use, "--json"))
+    weights["head.bias"] += 1
+    save_file(weights, tmp_path / "var.safetensors")
+    refused(invoke("bench", "cost", "--model", tmp_path / "var.safetensors", *use), 4, "calibrated on")
+
+
+def test_a_profile_is_described_and_generates_nothing(model, tmp_path):
+    sparsify(model, "--out", tmp_path / "run")
+    facts = record_of(invoke("models", "info", tmp_path / "run", "--json"))
+    assert facts["kind"] == "profile" and facts["parameters"] == 0 and facts["config"]["patch_nums"] == list(SIDES)
+    refused(invoke("sample", "--model", tmp_path / "run"), 3, "profile", "generates nothing")
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
