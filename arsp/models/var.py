@@ -222,16 +222,16 @@ class Block(nn.Module):
         """``between`` (a student's mark of data and noise) is added behind the attention branch."""
         gain1, gain2, scale1, scale2, shift1, shift2 = vectors
         dtype = self.ffn.fc1.weight.dtype
-        x = x + self._drop(gain1 * self.attn(modulate(x, scale1, shift1, self.eps).to(dtype), layer, ctx, policy))
+        x = torch.addcmul(x, self._drop(gain1), self.attn(modulate(x, scale1, shift1, self.eps).to(dtype), layer, ctx, policy))
         x = x if between is None else x + between
-        return x + self._drop(gain2 * self.ffn(modulate(x, scale2, shift2, self.eps).to(dtype)))
+        return torch.addcmul(x, self._drop(gain2), self.ffn(modulate(x, scale2, shift2, self.eps).to(dtype)))
 
-    def _drop(self, x: Tensor) -> Tensor:
+    def _drop(self, gain_R1C: Tensor) -> Tensor:
         """Stochastic depth: a whole branch of a row is dropped in training."""
         if not self.training or not self.drop_path:
-            return x
-        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
-        return x * kept / (1 - self.drop_path)
+            return gain_R1C
+        kept = torch.rand(len(gain_R1C), 1, 1, device=gain_R1C.device) >= self.drop_path
+        return gain_R1C * kept / (1 - self.drop_path)
 
     def init_residual(self, branches: int, adaln_gamma: float, generator: torch.Generator | None) -> None:
         self.attn.proj.weight.div_(math.sqrt(branches))
@@ -260,7 +260,7 @@ class Attention(nn.Module):
     def __init__(self, config: VARConfig):
         super().__init__()
         C = config.embed_dim
-        self.num_heads, self.l2_norm = config.num_heads, config.attn_l2_norm
+        self.head_dim, self.l2_norm = config.head_dim, config.attn_l2_norm
         if self.l2_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.num_heads, 1, 1), math.log(4)))
         self.mat_qkv = Linear(C, 3 * C)
@@ -271,19 +271,19 @@ class Attention(nn.Module):
         share = ctx.shares[layer] if ctx.shares else "none"
         if share == "output":
             x_RnC = x_RnC[: len(x_RnC) // 2]
+        C = x_RnC.shape[-1]
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         if share == "map":
-            C = x_RnC.shape[-1]
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias)))
-            q, k = linear(x_RnC[: len(x_RnC) // 2], self.mat_qkv.weight[: 2 * C], bias).chunk(2, dim=-1)
+            qk = linear(x_RnC[: len(x_RnC) // 2], self.mat_qkv.weight[: 2 * C], bias[: 2 * C])
             v = linear(x_RnC, self.mat_qkv.weight[2 * C :], self.v_bias)
         else:
-            qkv = self.mat_qkv(x_RnC) + torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-            q, k, v = qkv.chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+            qk, v = linear(x_RnC, self.mat_qkv.weight, bias).split((2 * C, C), dim=-1)
+        qk, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (qk, v))
         if self.l2_norm:
             sharpness = self.scale_mul_1H11.float().clamp_max(self.max_log_scale).exp()
-            q = (F.normalize(q.float(), dim=-1) * sharpness).type_as(v)
-            k = F.normalize(k.float(), dim=-1).type_as(v)
+            length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
+            qk = (qk * (torch.cat((sharpness, torch.ones_like(sharpness)), dim=1) / length)).type_as(v)
+        q, k = qk.chunk(2, dim=1)
         out = self.proj(policy.attend(q, k, v, layer, ctx).transpose(1, 2).flatten(2))
         return torch.cat((out, out)) if share == "output" else out
 
