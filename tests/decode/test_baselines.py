@@ -52,13 +52,13 @@ def count(teacher, cache, **options):
     ("text", "expected"), [("naive", ("naive", 0)), ("mode", ("mode", 0)), ("skip-1", ("skip", 1)), ("skip-15", ("skip", 15))]
 )
 def test_names_of_baselines(text, expected):
-    assert parse_baseline(text, 16) == expected
+    assert parse_baseline(text, Layout.raster(4, 4)) == expected
 
 
 @pytest.mark.parametrize("text", ["", "naïve", "skip", "skip-", "skip-0", "skip-16", "skip--1", "skip-2x", "onestep"])
 def test_other_names_are_refused_with_the_known_ones(text):
     with pytest.raises(ConfigError) as caught:
-        parse_baseline(text, 16)
+        parse_baseline(text, Layout.raster(4, 4))
     assert "naive, mode, or skip-N with 0 < N < 16" in caught.value.hint
 
 
@@ -91,7 +91,7 @@ def test_counted_frequencies_are_kept_and_used_again(tmp_path):
 
 def test_naive_draws_follow_the_frequencies_of_their_class(frequencies):
     """Chi-square of 20 000 draws at each of 12 (class, position) pairs, p > 1e-5 each: false alarm 1.2e-4; the seed is fixed."""
-    generator = MarginalGenerator(frequencies, mode=False)
+    generator = MarginalGenerator(frequencies, LAYOUT, mode=False)
     for label in range(CLASSES):
         codes = generator.generate(request(20_000, label)).codes_BL
         for i in range(L):
@@ -101,7 +101,7 @@ def test_naive_draws_follow_the_frequencies_of_their_class(frequencies):
 
 def test_naive_draws_are_independent_between_positions(frequencies):
     """Chi-square of 40 000 sequences against the product law of 256 possible sequences, p > 1e-5 (the false-alarm rate)."""
-    codes = MarginalGenerator(frequencies, mode=False).generate(request(40_000)).codes_BL
+    codes = MarginalGenerator(frequencies, LAYOUT, mode=False).generate(request(40_000)).codes_BL
     product = torch.ones(1)
     for marginal in frequencies[0]:
         product = (product[:, None] * marginal).flatten()
@@ -110,27 +110,32 @@ def test_naive_draws_are_independent_between_positions(frequencies):
 
 
 def test_naive_draws_depend_on_seed_and_sample_only(frequencies):
-    generator = MarginalGenerator(frequencies, mode=False)
+    generator = MarginalGenerator(frequencies, LAYOUT, mode=False)
     whole = generator.generate(request(9)).codes_BL
     assert_same(generator.generate(Request(torch.tensor([7, 3]), 4, labels_B=torch.zeros(2, dtype=torch.int64))).codes_BL, whole[[7, 3]])
     assert not torch.equal(generator.generate(request(9, seed=5)).codes_BL, whole)
 
 
 def test_codes_that_never_occurred_are_never_drawn(frequencies):
-    assert (MarginalGenerator(frequencies, mode=False).generate(request(5000)).codes_BL > 0).all()
+    assert (MarginalGenerator(frequencies, LAYOUT, mode=False).generate(request(5000)).codes_BL > 0).all()
 
 
 def test_the_mode_is_the_most_frequent_code_whatever_the_noise(frequencies):
-    out = MarginalGenerator(frequencies, mode=True).generate(request(3, label=2))
+    out = MarginalGenerator(frequencies, LAYOUT, mode=True).generate(request(3, label=2))
     assert_same(out.codes_BL, frequencies[2].argmax(-1).expand(3, -1))
 
 
 @pytest.mark.parametrize("mode", [False, True])
 def test_both_need_one_pass_for_all_positions(frequencies, mode):
     calls = []
-    out = MarginalGenerator(frequencies, mode).generate(request(2), calls.append)
+    out = MarginalGenerator(frequencies, LAYOUT, mode).generate(request(2), calls.append)
     assert out.stats == {"passes": 1, "tokens_per_pass": L} and calls == [L] and out.embeddings_BLE is None
-    assert isinstance(MarginalGenerator(frequencies, mode), Generator)
+    assert isinstance(MarginalGenerator(frequencies, LAYOUT, mode), Generator)
+
+
+def test_controls_have_the_order_of_their_layout(frequencies):
+    orders = [MarginalGenerator(frequencies, layout, True).capabilities.order for layout in (LAYOUT, Layout.next_scale((1, 2)))]
+    assert orders == ["raster", "next-scale"]
 
 
 @pytest.mark.parametrize("skip", [1, 3])
@@ -150,7 +155,7 @@ def test_the_controls_lose_the_joint_law_of_a_dependent_teacher(tmp_path):
     """20 000 naive draws from counted frequencies: each marginal passes (p > 1e-5; false alarm 4e-5), the joint fails (p < 1e-9)."""
     decoder = TabularDecoder(random_tables(V, L, seed=3, scale=2.0))
     table = class_frequencies(ARGenerator(decoder), LAYOUT, 1, V, num=200_000, seed=1, cache=tmp_path / "f.safetensors")
-    codes = MarginalGenerator(table, mode=False).generate(request(20_000)).codes_BL
+    codes = MarginalGenerator(table, LAYOUT, mode=False).generate(request(20_000)).codes_BL
     cube = decoder.joint.view((V,) * L)
     for i in range(L):
         marginal = cube.sum(dim=[k for k in range(L) if k != i])

@@ -12,6 +12,7 @@ from arsp.decode.few_step import (
     FewStep,
     StudentGenerator,
     TeacherLoopGenerator,
+    default_second_step,
     merge,
     nearest_codes,
     parse_teacher_range,
@@ -73,7 +74,7 @@ def request(ids, seed=7):
 
 @pytest.mark.parametrize("settings", [FewStep(), FewStep((0, 5)), FewStep((0, 5, 15), 16), FewStep((0,), 0), FewStep((0,), 7)])
 def test_ascending_counts_from_zero_are_accepted(settings):
-    settings.check(L)
+    settings.check(LAYOUT)
 
 
 @pytest.mark.parametrize(
@@ -85,22 +86,27 @@ def test_other_counts_and_splits_are_refused(settings):
 
 
 def test_student_steps_become_the_counts_it_was_trained_for():
-    assert step_counts(1, L, [5]) == (0,) == step_counts(1, L, [])
-    assert step_counts(2, L, [5]) == (0, 5)
+    assert step_counts(1, [5]) == (0,) == step_counts(1, [])
+    assert step_counts(2, [5]) == (0, 5)
     for steps, trained in ((2, []), (3, [5]), (0, [5])):
         with pytest.raises(ConfigError, match=f"student steps {steps}"):
-            step_counts(steps, L, trained)
+            step_counts(steps, trained)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("61-81", (60, 80)), ("1-81", (0, 80)), ("1-2", (0, 1)), ("1-256", (0, 255))])
 def test_published_range_names_count_from_one_and_exclude_the_end(text, expected):
-    assert parse_teacher_range(text, 256) == expected
+    assert parse_teacher_range(text, Layout.raster(16, 16)) == expected
 
 
 @pytest.mark.parametrize("text", ["", "5", "a-b", "81-61", "5-5", "0-4", "1-257", "1-2-3", "1.5-3"])
 def test_other_range_names_are_refused(text):
     with pytest.raises(ConfigError, match="teacher range"):
-        parse_teacher_range(text, 256)
+        parse_teacher_range(text, Layout.raster(16, 16))
+
+
+@pytest.mark.parametrize(("layout", "second"), [(Layout.raster(16, 16), 80), (Layout.raster(4, 4), 5), (Layout.raster(1, 2), 1)])
+def test_the_second_step_of_a_raster_stands_at_the_published_share(layout, second):
+    assert default_second_step(layout) == second
 
 
 # -- noise ------------------------------------------------------------------------------------------------------------------
@@ -273,5 +279,5 @@ def test_the_batch_does_not_matter_in_the_loop(student, teacher):
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 4), (4, 4), (5, 4), (0, 16)])
 def test_ranges_that_leave_nothing_to_do_are_refused(student, teacher, start, stop):
-    with pytest.raises(ConfigError, match="teacher tokens"):
+    with pytest.raises(ConfigError, match="teacher codes"):
         loop_of(student, teacher, start, stop)

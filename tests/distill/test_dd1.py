@@ -89,6 +89,23 @@ def test_the_same_generator_gives_the_same_batch():
     assert torch.equal(task.loss(0, 16, draw(4))["loss"], task.loss(9, 16, draw(4))["loss"])
 
 
+def test_short_updates_train_the_first_codes_only():
+    class Shown(Constant):
+        def forward(self, labels_B, x_BLE, known_B):
+            logits, vectors = super().forward(labels_B, x_BLE, known_B)
+            return logits[:, : x_BLE.shape[1]], vectors[:, : x_BLE.shape[1]]
+
+    student = Shown()
+    task, lengths = task_of(student, DD1Config(known=(0, 4), short=0.5, short_codes=6)), []
+    for seed in range(60):
+        task.loss(seed, 8, draw(seed))
+        lengths.append(student.shown[-1][1].shape[1])
+    assert set(lengths) == {6, L} and 10 < lengths.count(6) < 50, "half of 60 (5 standard deviations)"
+    task.loss(0, 8, draw(lengths.index(6)))["loss"].backward()
+    size = student.logits.grad.abs().sum(-1)
+    assert (size[:6] > 0).any() and not size[6:].any()
+
+
 # -- the loss ---------------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import tiny_models
+import tiny_var
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -15,6 +18,7 @@ from arsp.rng import keyed_labels
 
 RULE = TrajectoryRule(5, 3, 1.5, -1, LogitsPipeline(top_p=0.95), FlowSettings(steps=16))
 BOOK = tiny_models.vq_model().codebook_VE.detach()
+VAR_BOOK = tiny_var.tokenizer_model().codebook_VE
 
 
 @pytest.fixture
@@ -63,6 +67,27 @@ def test_the_noise_is_regenerated_and_not_stored(tmp_path, decoder):
     assert codes.shape == (2, 16) and noise.shape == (2, 16, 4) and codes.dtype == labels.dtype == torch.int64
     part = everything.rows(slice(17, None))
     assert len(part) == 3 and torch.equal(part.batch(torch.tensor([0]))[2][0], noise[1])
+
+
+def test_the_first_codes_alone_come_with_the_same_noise(tmp_path, decoder):
+    everything, rows = load_shards(make(tmp_path, decoder), 4), torch.tensor([3, 17])
+    for short, whole in zip(everything.batch(rows, 5), everything.batch(rows), strict=True):
+        assert torch.equal(short, whole if whole.ndim == 1 else whole[:, :5])
+
+
+def test_the_order_of_the_codes_is_part_of_the_rule(tmp_path, decoder):
+    next_scale = generate_shards(tmp_path / "v", tiny_var.decoder(), VAR_BOOK, RULE, teacher_sha256="t", num=6)
+    orders = [json.loads(metadata(path)["rule"])["order"] for path in (make(tmp_path / "r", decoder)[0], next_scale[0])]
+    assert orders == ["raster", "next-scale"]
+
+
+def test_codes_of_scales_do_not_depend_on_batches_or_shards(tmp_path):
+    a, b = (
+        load_shards(generate_shards(tmp_path / str(n), tiny_var.decoder(), VAR_BOOK, RULE, teacher_sha256="t", num=20, batch_size=n), 4)
+        for n in (3, 20)
+    )
+    differ = int((a.tokens_NL != b.tokens_NL).sum())
+    assert a.tokens_NL.shape == (20, 21) and differ == 0, f"{differ} codes depend on the batch size"
 
 
 @pytest.mark.parametrize("stop_at", [0, 3, 4])
