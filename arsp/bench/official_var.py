@@ -14,7 +14,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from arsp.models.var import VAR, Attention, Block, FeedForward
 from arsp.tokenizers.var_vqvae import VQVAE, MultiScaleQuantizer
@@ -25,10 +25,11 @@ Cache = list[tuple[Tensor, Tensor] | None]  # one a layer: keys and values of th
 def eager_copy(model: VAR, tokenizer: VQVAE) -> tuple[VAR, VQVAE]:
     """The modules in float32 and NCHW: themselves, or copies where they are anything else."""
 
-    def plain(module: torch.nn.Module) -> bool:
-        return all(p.dtype == torch.float32 and p.is_contiguous() for p in module.parameters())
+    def convert(module: nn.Module) -> nn.Module:
+        if all(p.dtype == torch.float32 and p.is_contiguous() for p in module.parameters()):
+            return module
+        return copy.deepcopy(module).to(torch.float32, memory_format=torch.contiguous_format)
 
-    convert = lambda module: module if plain(module) else copy.deepcopy(module).to(torch.float32, memory_format=torch.contiguous_format)  # noqa: E731
     return convert(model), convert(tokenizer)
 
 
@@ -98,7 +99,7 @@ def adaln(block: Block, class_RC: Tensor, shared: Tensor | None) -> tuple[Tensor
     return modulation(block.ada_lin, class_RC, 6)
 
 
-def modulation(ada_lin: torch.nn.Sequential, class_RC: Tensor, num: int) -> tuple[Tensor, ...]:
+def modulation(ada_lin: nn.Sequential, class_RC: Tensor, num: int) -> tuple[Tensor, ...]:
     return F.linear(F.silu(class_RC), ada_lin[1].weight, ada_lin[1].bias).view(len(class_RC), 1, num, -1).unbind(2)
 
 
@@ -140,9 +141,8 @@ def draw(logits_BnV: Tensor, top_k: int, top_p: float, generator: torch.Generato
     """``codes_Bn``."""
     B, n, V = logits_BnV.shape
     if top_k > 0:
-        logits_BnV = logits_BnV.masked_fill(
-            logits_BnV < logits_BnV.topk(top_k, largest=True, sorted=False).values.amin(-1, keepdim=True), -torch.inf
-        )
+        kept = logits_BnV.topk(top_k, largest=True, sorted=False).values
+        logits_BnV = logits_BnV.masked_fill(logits_BnV < kept.amin(-1, keepdim=True), -torch.inf)
     if top_p > 0:
         ordered, index = logits_BnV.sort(dim=-1, descending=False)
         removed = ordered.softmax(dim=-1).cumsum_(dim=-1) <= 1 - top_p

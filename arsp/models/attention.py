@@ -23,7 +23,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """``x weight^T + bias``, with ``gelu`` its GELU (tanh form): few rows through the kernel, many through oneDNN where it is the faster."""
+    """``x weight^T + bias``, with ``gelu`` its GELU (tanh form); few rows through the kernel, many through oneDNN where it is faster."""
     few = x.numel() <= MAX_ROWS * x.shape[-1]
     if not few and _onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "tanh") if gelu else ("none", [], "")))

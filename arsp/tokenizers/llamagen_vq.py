@@ -76,9 +76,13 @@ class VQModel(nn.Module):
 
     def decode_embeddings(self, embeddings_BLE: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Latent vectors ``(B, L, E)`` in raster order -> pixels; no quantisation in between (arXiv 2412.17153 decodes so)."""
+        return self.decode_map(self.to_map(embeddings_BLE, grid))
+
+    def to_map(self, embeddings_BLE: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """The decoder's input: the vectors on their grid, ``(B, E, h, w)``."""
         B, L, E = embeddings_BLE.shape
         h, w = grid or _square(L)
-        return self.decode_map(embeddings_BLE.transpose(1, 2).reshape(B, E, h, w))
+        return embeddings_BLE.transpose(1, 2).reshape(B, E, h, w)
 
     def decode_map(self, latents_BEhw: Tensor) -> Tensor:
         """``(B, E, h, w)`` -> pixels ``(B, 3, H, W)``."""

@@ -102,7 +102,11 @@ class VQVAE(nn.Module):
 
     def decode_embeddings(self, embeddings_BLE: Tensor) -> Tensor:
         """Vectors ``(B, L, E)`` in the order of the codes -> pixels; no quantisation in between."""
-        return self.decode_map(self.quantize.sum_scales(embeddings_BLE))
+        return self.decode_map(self.to_map(embeddings_BLE))
+
+    def to_map(self, embeddings_BLE: Tensor) -> Tensor:
+        """The decoder's input: the sum over scales ``(B, E, h, w)``."""
+        return self.quantize.sum_scales(embeddings_BLE)
 
     def decode_map(self, f_hat_BEhw: Tensor) -> Tensor:
         """The sum over scales ``(B, E, h, w)`` -> pixels ``(B, 3, H, W)``."""
