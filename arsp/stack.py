@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -57,10 +57,18 @@ class StackConfig(StrictModel):
     random_weights: bool = Field(False, description="no checkpoint: cost only, the images are noise")
     collab: str | None = Field(None, description="BIG:SMALL@N: the big model makes the first N scales (next-scale models)")
     schedule: str | None = Field(None, description="YAML file, one row a scale: model, depth, attention, cfg, precision")
-    apply: list[str] = Field([], description="what makes a pass cheaper, e.g. litevar=PROFILE")
+    apply: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
+        [], description="what makes a pass cheaper, e.g. litevar=PROFILE"
+    )
     share: Literal["map"] | None = Field(None, description="guidance halves share the attention maps at every scale")
     more_smooth: bool = Field(False, description="Gumbel-smoothed vectors instead of codes (next-scale; pictures, never metrics)")
     image_size: int | None = Field(None, ge=1, description="bicubic resize of the decoder's output before uint8")
+
+    @model_validator(mode="after")
+    def _collab_names_the_model(self) -> StackConfig:
+        if self.collab and "model" not in self.model_fields_set:
+            self.model = self.collab.partition(":")[0]
+        return self
 
 
 @dataclass
@@ -138,7 +146,7 @@ class Stack:
             "rng": self.config.rng,
             "num_tokens": source.layout.num_tokens,
             "grid": list(source.layout.grid),
-            **({"schedule": describe_rows(self.rows, self.sides, self.model.dtype)} if self.rows else {}),
+            **({"schedule": describe_rows(self.rows, self.sides, str(self.model.dtype), source.name)} if self.rows else {}),
         }
 
     @property
@@ -193,10 +201,12 @@ def check(config: StackConfig) -> ModelSource:
         SAMPLERS.get(config.sampler)
         if config.baseline:
             parse_baseline(config.baseline, source.layout)
-        if wanted:
-            check_steps(schedule_rows(config, source), source, config.random_weights)
             if config.rng != "keyed":
                 raise ConfigError(f"--rng {config.rng} has no effect on --baseline {config.baseline}, which draws with the keyed stream.")
+        if config.more_smooth and (config.rng != "keyed" or config.baseline or config.sampler != "ar"):
+            raise ConfigError("--more-smooth is a sampler of its own.", "Drop --rng, --sampler and --baseline.")
+        if wanted:
+            check_steps(schedule_rows(config, source), source, config.random_weights)
     else:
         if config.baseline:
             raise ConfigError(
@@ -235,6 +245,13 @@ def next_scale_options(config: StackConfig) -> list[str]:
         "--more-smooth": config.more_smooth,
     }  # fmt: skip
     return [option for option, value in given.items() if value]
+
+
+def schedule_plan(config: StackConfig, source: ModelSource, dtype: str) -> dict[str, Any]:
+    """The schedule as ``--dry-run`` prints it: one row a scale; nothing for raster models and students."""
+    if source.layout.is_raster or source.kind != "teacher":
+        return {}
+    return {"schedule": describe_rows(schedule_rows(config, source), tuple(source.config["patch_nums"]), dtype, source.name)}
 
 
 def schedule_rows(config: StackConfig, source: ModelSource) -> list[ScaleRow]:

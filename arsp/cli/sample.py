@@ -35,6 +35,11 @@ STACK_KEYS = (
     "baseline",
     "random_weights",
     "image_size",
+    "collab",
+    "schedule",
+    "apply",
+    "share",
+    "more_smooth",
 )
 
 
@@ -69,6 +74,7 @@ class SampleConfig(StrictModel):
         "arsp sample --model llamagen-dd1 --num 64 --class star --grid stars.png",
         "arsp sample --model llamagen-dd1 --student-steps 2 --num 5000 --out samples.npz --json",
         "arsp sample --model llamagen --baseline mode --num 8",
+        "arsp sample --model var --collab var:var-small@4 --apply litevar --num 8",
     ],
     shared=("device", "dtype", "batch_size", "seed", "threads", "kernels", "config", "out", "resume", "fail_if", "print_config"),
     schema=SampleConfig,
@@ -97,6 +103,19 @@ def sample(
     ] = None,
     baseline: Annotated[Optional[str], typer.Option(help="Control instead of the sampler: naive, mode or skip-N")] = None,
     image_size: Annotated[Optional[int], typer.Option(help="Bicubic resize before uint8 (384 px models are evaluated at 256)")] = None,
+    collab: Annotated[
+        Optional[str], typer.Option(help="BIG:SMALL@N: the big model makes the first N scales, the small one the rest (next-scale models)")
+    ] = None,
+    schedule: Annotated[
+        Optional[str], typer.Option(help="YAML file, one row a scale: model, depth, attention, cfg (full, shared, off), precision")
+    ] = None,
+    apply: Annotated[
+        Optional[list[str]], typer.Option(help="litevar=PROFILE: the windows and sharing of a profile (arsp sparsify); may be repeated")
+    ] = None,
+    share: Annotated[Optional[str], typer.Option(help="map: the guidance halves share the attention maps at every scale")] = None,
+    more_smooth: Annotated[
+        bool, typer.Option("--more-smooth", help="Gumbel-smoothed vectors instead of codes (VAR pictures, never metrics)")
+    ] = False,
     grid: Annotated[Optional[Path], typer.Option(help="Write the grid picture here too")] = None,
 ) -> None:
     """Sample images from a teacher, a student or a control. Image i depends on (seed, i) only; the same command continues a stopped run."""
@@ -116,6 +135,11 @@ def sample(
         teacher_range=teacher_range,
         baseline=baseline,
         image_size=image_size,
+        collab=collab,
+        schedule=schedule,
+        apply=apply or None,
+        share=share,
+        more_smooth=more_smooth or None,
     )
     out, npz = ctx.opts.out, None
     if out is not None and out.suffix == ".npz":
@@ -144,7 +168,8 @@ def sample(
             f"{source.name} is text-conditional: it needs caption features, which this command cannot make.",
             "Use arsp as a library: arsp.decode.decoder.RasterDecoder with Request(captions_BPE=...).",
         )
-    ctx.plan({"sample": config.num, "stack": recipe.model_dump(exclude_none=True), "classes": config.classes, "seed": config.seed})
+    plan = {"sample": config.num, "stack": recipe.model_dump(exclude_none=True), "classes": config.classes, "seed": config.seed}
+    ctx.plan(plan | stacks.schedule_plan(recipe, source, config.dtype))
     ctx.emit(run_sample(ctx, config, recipe, source, out, grid))
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 
 from arsp.config import StrictModel
@@ -124,9 +123,15 @@ def check_rows(rows: list[ScaleRow]) -> None:
         raise ConfigError(f"schedule: a model comes back ({', '.join(models)}); each may take over once, its cache is freed behind it.")
 
 
-def describe_rows(rows: list[ScaleRow], sides: tuple[int, ...], dtype: torch.dtype) -> list[dict[str, Any]]:
-    """The schedule as records and ``--dry-run`` print it."""
+def describe_rows(rows: list[ScaleRow], sides: tuple[int, ...], dtype: str, model: str) -> list[dict[str, Any]]:
+    """The schedule as records and ``--dry-run`` print it; ``dtype`` and ``model`` fill the cells left at their default."""
     return [
-        {"scale": k, "side": side, **row.model_dump(), "precision": row.precision or str(dtype).removeprefix("torch.")}
+        {
+            "scale": k,
+            "side": side,
+            **row.model_dump(),
+            "model": row.model or model,
+            "precision": row.precision or dtype.removeprefix("torch."),
+        }
         for k, (row, side) in enumerate(zip(rows, sides, strict=True))
     ]

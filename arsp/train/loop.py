@@ -49,6 +49,11 @@ class Task(nn.Module):
     trained: nn.Module  # the module that is optimised, averaged and exported
     no_decay: tuple[str, ...] = ()  # parameters with one of these parts in their name are not decayed, whatever their shape
 
+    @property
+    def optimised(self) -> nn.Module:
+        """What the optimiser updates: ``trained`` and any helper that is not exported."""
+        return self.trained
+
     def loss(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Scalars of one batch; the entry "loss" is minimised, the others are logged."""
         raise TypeError(f"{type(self).__name__} defines no loss")
@@ -74,7 +79,7 @@ def fit(
     Interrupted after a checkpoint when a stop was asked for.
     """
     task.to(device).train()
-    optimizer = torch.optim.AdamW(_groups(task.trained, config.weight_decay, task.no_decay), lr=config.lr, betas=config.betas)
+    optimizer = torch.optim.AdamW(_groups(task.optimised, config.weight_decay, task.no_decay), lr=config.lr, betas=config.betas)
     average = {k: v.detach().clone() for k, v in task.trained.state_dict().items()} if config.ema else None
     state = {"step": 0, "elapsed_s": 0.0, "history": [], "sums": {}, "summed": 0}  # sums: training losses since the last evaluation
     folder = directory / "checkpoints"
@@ -139,7 +144,7 @@ def _update(task: Task, optimizer: torch.optim.Optimizer, config: OptimConfig, s
         losses = task.loss(step, config.batch_size, generator)
     optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()
-    norm = nn.utils.clip_grad_norm_(task.trained.parameters(), config.clip)
+    norm = nn.utils.clip_grad_norm_(task.optimised.parameters(), config.clip)
     if not (torch.isfinite(losses["loss"]) and torch.isfinite(norm)):
         raise NumericalError(
             f"step {step}: loss {float(losses['loss'].detach()):.4g}, gradient norm {float(norm):.4g}: diverged before this update.",

@@ -47,9 +47,10 @@ class MultiScaleSection(StrictModel):
     ch_mult: tuple[PositiveInt, ...] = Field((1, 2, 2), min_length=1)
     num_res_blocks: int = Field(1, ge=1)
     z_channels: int = Field(8, ge=1)
-    vocab_size: int = Field(512, ge=2)
+    vocab_size: int = Field(1536, ge=2)
     patch_nums: tuple[PositiveInt, ...] = Field((1, 2, 3, 4, 6, 8), min_length=2, description="sides of the maps, rising")
     truncate: float = Field(0.3, ge=0, le=1, description="share of the rows decoded from their first scales only")
+    first_share: float = Field(0.65, gt=0, lt=1, description="share of the codebook that is fitted to the first scale")
 
 
 class GPTSection(StrictModel):
@@ -183,11 +184,13 @@ def _tokenizer(config: TokenizerTraining, directory: Path, stage: Callable, log:
 
 def _var_tokenizer(config: VARTokenizerTraining, directory: Path, stage: Callable, log: Callable) -> Job:
     images, held_out, side = _pool(config.data)
-    vq = VQVAEConfig(**config.vq.model_dump(exclude={"truncate"}))
+    vq = VQVAEConfig(**config.vq.model_dump(exclude={"truncate", "first_share"}))
     if side != vq.image_size:
         raise ConfigError(f"images of {side} px: vq.patch_nums and vq.ch_mult make {vq.image_size} px.")
     torch.manual_seed(config.optim.seed)
-    task = ScaleTokenizerTask(VQVAE(vq), images, held_out, total_steps=config.optim.steps, truncate=config.vq.truncate)
+    task = ScaleTokenizerTask(
+        VQVAE(vq), images, held_out, total_steps=config.optim.steps, truncate=config.vq.truncate, first_share=config.vq.first_share
+    )
     return Job(task, lambda path, state: _bundle(path, "var", "tokenizer", _plain(vq), task, state, config.data))
 
 

@@ -114,66 +114,91 @@ class TokenizerTask(Task):
 class ScaleTokenizerTask(TokenizerTask):
     """The multi-scale tokenizer of VAR (arXiv 2404.02905): the quantiser's losses are means over the running sums of all scales.
 
-    ``truncate``: share of the rows that are decoded from their first scales only, half of them from the very first, so that coarse
-    scales carry as much of the image as they can: a VAR draws the codes of a scale independently, what they must agree on has to
-    stand in a coarser one. For the same reason the gradient passes through the averaging of every scale, not straight past it.
+    A VAR draws the codes of a scale independently, so what they must agree on has to stand in a coarser scale. Three things see to
+    it. A helper network, dropped after training, paints a thumbnail from the first scale's vectors alone. ``truncate`` is the share of
+    the rows decoded from their first k scales only. And the gradient passes through the averaging of every scale, skipping only the
+    rounding to codes. A few times the codebook is fitted anew by k-means: ``first_share`` of it to the first scale, the rest evenly.
     """
 
-    def __init__(self, model: VQVAE, images_u8: Tensor, held_out_u8: Tensor, *, total_steps: int = 1000, truncate: float = 0.0):
+    refits = (0.02, 0.1, 0.25, 0.45)  # at these parts of the training
+
+    def __init__(
+        self, model: VQVAE, images_u8: Tensor, held_out_u8: Tensor, *, total_steps: int = 1000, truncate: float = 0.0,
+        first_share: float = 0.5, thumbnail: int = 8,
+    ):  # fmt: skip
         super().__init__(model, images_u8, held_out_u8, total_steps=total_steps)
-        self.truncate = truncate
+        config = model.config
+        self.truncate, self.first_codes, self.side = truncate, round(first_share * config.vocab_size), thumbnail
+        self.refit_at = {round(part * total_steps) for part in self.refits}
+        width = config.z_channels * config.patch_nums[0] ** 2
+        self.painter = nn.Sequential(
+            nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 3 * thumbnail**2)
+        )  # fmt: skip
 
-    def _quantise(self, step: int, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        quantizer, rows, fixed = self.trained.quantize, len(latents), latents.detach()
+    @property
+    def optimised(self) -> nn.Module:
+        return nn.ModuleList((self.trained, self.painter))
+
+    def loss(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        if step in self.refit_at:
+            self._refit(step)
+        rows = torch.randint(len(self.pool), (batch_size,), generator=generator)
+        pixels = to_pixels(self.pool[rows]).to(self.usage.device)
+        latents = self.trained.latents(pixels).float()
+        fixed = latents.detach()
         with torch.autocast(latents.device.type, enabled=False):
-            codes, maps = quantizer.encode(fixed)
-            sums = self._straight_through(latents, codes)
-        losses = [F.mse_loss(found, fixed) + 0.25 * F.mse_loss(latents, found.detach()) for found in maps]
-        if self.training:
-            self._track_scales(step, fixed, codes, maps, generator)
-        last = torch.full((rows,), len(maps) - 1)
-        if self.training and self.truncate:
-            kind = torch.rand(rows, generator=generator) / self.truncate
-            last = torch.where(kind < 1, torch.randint(len(maps) - 1, (rows,), generator=generator), last)
-            last = torch.where(kind < 0.5, 0, last)
-        return torch.stack(sums)[last, torch.arange(rows)], sum(losses) / len(losses)
+            codes, maps = self.trained.quantize.encode(fixed)
+            sums, first = self._straight_through(latents, codes)
+        quantiser = sum(F.mse_loss(found, fixed) + 0.25 * F.mse_loss(latents, found.detach()) for found in maps) / len(maps)
+        last = torch.full((batch_size,), len(maps) - 1)
+        cut = torch.rand(batch_size, generator=generator) < self.truncate
+        last = torch.where(cut, torch.randint(len(maps) - 1, (batch_size,), generator=generator), last)
+        error = self.trained.decode_map(torch.stack(sums)[last, torch.arange(batch_size)]).float() - pixels
+        thumbnail = F.mse_loss(self.painter(first.flatten(1)), F.adaptive_avg_pool2d(pixels, self.side).flatten(1))
+        l1, mse = error.abs().mean(), error.square().mean()
+        return {"loss": l1 + 2 * mse + quantiser + 4 * thumbnail, "l1": l1, "mse": mse, "thumbnail_mse": thumbnail}
 
-    def _straight_through(self, latents: Tensor, codes: list[Tensor]) -> list[Tensor]:
-        """The running sums again, with a gradient to ``latents`` that skips the rounding to codes and nothing else."""
+    def _straight_through(self, latents: Tensor, codes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The running sums again, with a gradient to ``latents`` that skips the rounding to codes and nothing else, and the vectors
+        of the first scale."""
         quantizer = self.trained.quantize
-        rest, f_hat, sums = latents, torch.zeros_like(latents), []
+        rest, f_hat, sums, first = latents, torch.zeros_like(latents), [], None
         for k, (pn, ids) in enumerate(zip(quantizer.patch_nums, codes, strict=True)):
             z = F.interpolate(rest, size=(pn, pn), mode="area").flatten(2).transpose(1, 2)
-            added = quantizer.contribution(z + (quantizer.embedding(ids) - z).detach(), k)
+            vectors = z + (quantizer.embedding(ids) - z).detach()
+            first = vectors if first is None else first
+            added = quantizer.contribution(vectors, k)
             rest, f_hat = rest - added, f_hat + added
             sums.append(f_hat)
-        return sums
+        return sums, first
 
     @torch.no_grad()
-    def _track_scales(self, step: int, latents: Tensor, codes: list[Tensor], maps: list[Tensor], generator: torch.Generator) -> None:
-        """Every scale counts the same, whatever its number of codes; replacements come half from the first scale, half from all."""
-        counts = sum(torch.bincount(c.flatten(), minlength=len(self.usage)).float() / c.shape[1] for c in codes)
+    def _refit(self, seed: int) -> None:
+        """Codebook from k-means of what each scale has to quantise over (a sample of) the pool, scale after scale."""
+        from scipy.cluster.vq import kmeans2
 
-        def draw(num: int) -> Tensor:
-            rests = [latents, *(latents - found for found in maps[:-1])]
-            sides = self.trained.quantize.patch_nums
-            z = [
-                F.interpolate(rest, size=(pn, pn), mode="area").flatten(2).transpose(1, 2).flatten(0, 1)
-                for rest, pn in zip(rests, sides, strict=True)
-            ]
-            scale = torch.randint(-len(z), len(z), (num,), generator=generator).clamp_min(0)
-            noise = 0.02 * torch.randn(num, latents.shape[1], generator=generator).to(latents)  # the first scale has few vectors
-            picked = torch.stack([_pick(z[k], 1, generator)[0] for k in scale.tolist()])
-            return picked * (1 + noise)
-
-        self._track(step, counts, draw)
+        quantizer, sample = self.trained.quantize, self.pool[:: max(1, len(self.pool) // 8192)]
+        rest = torch.cat([self.trained.latents(to_pixels(part).to(self.usage.device)).float() for part in sample.split(256)])
+        book, scales = quantizer.embedding.weight, len(quantizer.patch_nums)
+        others = (len(book) - self.first_codes) // (scales - 1)
+        row = 0
+        for k, pn in enumerate(quantizer.patch_nums):
+            num = self.first_codes if k == 0 else others if k < scales - 1 else len(book) - row
+            z = F.interpolate(rest, size=(pn, pn), mode="area").flatten(2).transpose(1, 2)
+            vectors = z.flatten(0, 1).cpu()
+            some = vectors[torch.linspace(0, len(vectors) - 1, min(len(vectors), 16_384)).long()]
+            centres = torch.from_numpy(kmeans2(some.numpy(), num, minit="++", rng=seed)[0]).to(book)
+            book[row : row + num] = centres
+            rest = rest - quantizer.contribution(centres[torch.cdist(z, centres).argmin(-1)], k)
+            row += num
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """Also the PSNR after each scale."""
+        """Also the PSNR after each scale, and how many codes the first scale uses."""
         pixels = to_pixels(self.held_out[:256]).to(self.usage.device)
-        maps = module.quantize.encode(module.latents(pixels))[1]
+        codes, maps = module.quantize.encode(module.latents(pixels))
         psnr = lambda f_hat: float(10 * torch.log10(4 / (module.decode_map(f_hat) - pixels).square().flatten(1).mean(1)).mean())  # noqa: E731
-        return super().evaluate(module) | {f"psnr_db_scale_{k}": psnr(f_hat) for k, f_hat in enumerate(maps[:-1])}
+        first = {"first_scale_codes": float(len(codes[0].unique()))}
+        return super().evaluate(module) | first | {f"psnr_db_scale_{k}": psnr(f_hat) for k, f_hat in enumerate(maps[:-1])}
 
 
 def _pick(vectors_NE: Tensor, num: int, generator: torch.Generator) -> Tensor:

@@ -13,9 +13,10 @@ from arsp.decode.guidance import Guidance, RampGuidance
 from arsp.decode.next_scale import NextScaleDecoder
 from arsp.models import llamagen, var
 from arsp.models.student import LlamaGenStudent
+from arsp.models.var_student import VARStudent
 from arsp.protocols import Decoder, Layout
 from arsp.tokenizers import llamagen_vq, var_vqvae
-from arsp.zoo import convert
+from arsp.zoo import convert, convert_var
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Family:
     guidance: Callable[[float | None, int, dict[str, Any]], Any]  # (scale or None: off, interval, configuration)
     decoder: Callable[..., Decoder]  # (module, tokenizer, guidance, steps of a schedule or None)
     read_official: Callable[..., tuple[dict[str, Any], dict[str, Any]]]  # path -> (state dict, configuration from shapes)
-    read_official_tokenizer: Callable[..., tuple[dict[str, Any], dict[str, Any]]]
+    read_official_tokenizer: Callable[..., tuple[dict[str, Any], dict[str, Any]]]  # (path, the model's configuration)
     student: str  # the embedded student, for hints
 
 
@@ -73,27 +74,9 @@ LLAMAGEN = Family(
     guidance=lambda scale, interval, config: Guidance(1.0 if scale is None else scale, interval),
     decoder=lambda module, tokenizer, guidance, steps=None: RasterDecoder(module, guidance),
     read_official=convert.read_llamagen,
-    read_official_tokenizer=convert.read_llamagen_vq,
+    read_official_tokenizer=lambda path, model: convert.read_llamagen_vq(path),
     student="llamagen-dd1",
 )
-
-
-def _var_student(config: dict[str, Any], code_dim: int) -> nn.Module:
-    from arsp.models.var_student import VARStudent
-
-    return VARStudent(var.VARConfig.from_dict(config), code_dim)
-
-
-def _read_var(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    from arsp.zoo.convert_var import read_var
-
-    return read_var(path)
-
-
-def _read_var_vq(path: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    from arsp.zoo.convert_var import read_var_vq
-
-    return read_var_vq(path)
 
 
 VAR = Family(
@@ -103,13 +86,13 @@ VAR = Family(
     complete=lambda config: _plain(var.VARConfig.from_dict(config)),
     layout=lambda config: Layout.next_scale(tuple(config["patch_nums"])),
     build=lambda config: var.VAR(var.VARConfig.from_dict(config)),
-    build_student=_var_student,
+    build_student=lambda config, code_dim: VARStudent(var.VARConfig.from_dict(config), code_dim),
     build_tokenizer=lambda config: var_vqvae.VQVAE(var_vqvae.VQVAEConfig(**_tuples(config))),
     tokenizers={name.lower(): _plain(config) for name, config in var_vqvae.VARIANTS.items()},
     fit_tokenizer=lambda config, model: {**config, "patch_nums": list(model["patch_nums"])},
     guidance=lambda scale, interval, config: RampGuidance(scale or 0.0, len(config["patch_nums"]), interval),
     decoder=lambda module, tokenizer, guidance, steps=None: NextScaleDecoder(module, tokenizer.quantize, guidance, steps),
-    read_official=_read_var,
-    read_official_tokenizer=_read_var_vq,
+    read_official=convert_var.read_var,
+    read_official_tokenizer=lambda path, model: convert_var.read_var_vq(path, len(model["patch_nums"])),
     student="var-dd1",
 )

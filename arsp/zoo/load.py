@@ -250,7 +250,7 @@ def _from_file(path: Path, tokenizer: str | None) -> ModelSource:
             f"{path}: the resolution is not in the file; its name should say 256, 384 or 512.",
             "Rename it like the released files, e.g. c2i_B_256.pt",
         )
-    student = "code_dim" in config if family is LLAMAGEN else config.get("student", False)
+    student = config.get("student", False)
     card: dict[str, Any] = {"about": f"official layout file {path.name}", "kind": "student" if student else "teacher"}
     if student:
         card |= {"code_dim": config["code_dim"], "known": [0, default_second_step(family.layout(config))]}
@@ -317,7 +317,7 @@ def _load_tokenizer(source: ModelSource, random_weights: bool) -> nn.Module | No
     if random_weights and spec.get("config"):
         return source.family.build_tokenizer(spec["config"])
     if spec.get("file"):
-        weights, config = source.family.read_official_tokenizer(Path(spec["file"]))
+        weights, config = source.family.read_official_tokenizer(Path(spec["file"]), source.config)
         return _fill_tokenizer(source.family, source.family.fit_tokenizer(config, source.config), weights, str(spec["file"]))
     if source.origin == "official" and not random_weights:
         raise InputError(f"the tokenizer of {source.name} is not on this machine.", _how_to_get(source))
