@@ -6,9 +6,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from arsp.config import StrictModel
 from arsp.errors import ConfigError, InputError
@@ -24,9 +24,9 @@ class ScaleRow(StrictModel):
     model: str = Field("", description="zoo name or bundle (default: the stack's model)")
     depth: int | None = Field(None, ge=1, description="run only the first blocks; may not grow from scale to scale")
     attention: str = Field("dense", description="dense, or litevar=PROFILE")
-    cfg: Literal["full", "shared", "off"] = Field(
+    cfg: Annotated[Literal["full", "shared", "off"], BeforeValidator(lambda value: "off" if value is False else value)] = Field(
         "full", description="shared: the null half takes over the attention maps; off: no null half (from here to the last scale)"
-    )
+    )  # YAML reads a bare off as false
     precision: Literal["float32", "bfloat16"] | None = Field(None, description="of weights and activations (default: the stack's)")
 
 
