@@ -269,10 +269,14 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(c, cfg.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(F.silu(self.norm_out(self.features(x))))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the last normalisation sees: ``(B, C, h, w)``."""
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.mid(h)
 
 
 class Decoder(nn.Module):

@@ -46,7 +46,7 @@ class MultiScaleSection(StrictModel):
     ch: int = Field(32, ge=32, multiple_of=32)
     ch_mult: tuple[PositiveInt, ...] = Field((1, 2, 2), min_length=1)
     num_res_blocks: int = Field(1, ge=1)
-    z_channels: int = Field(8, ge=1)
+    z_channels: int = Field(12, ge=1)
     vocab_size: int = Field(1536, ge=2)
     patch_nums: tuple[PositiveInt, ...] = Field((1, 2, 3, 4, 6, 8), min_length=2, description="sides of the maps, rising")
     truncate: float = Field(0.3, ge=0, le=1, description="share of the rows decoded from their first scales only")
@@ -187,6 +187,8 @@ def _var_tokenizer(config: VARTokenizerTraining, directory: Path, stage: Callabl
     vq = VQVAEConfig(**config.vq.model_dump(exclude={"truncate", "first_share"}))
     if side != vq.image_size:
         raise ConfigError(f"images of {side} px: vq.patch_nums and vq.ch_mult make {vq.image_size} px.")
+    if vq.vocab_size - round(config.vq.first_share * vq.vocab_size) < len(vq.patch_nums) - 1:
+        raise ConfigError(f"vq.first_share {config.vq.first_share:g} of {vq.vocab_size} codes leaves less than one to each other scale.")
     torch.manual_seed(config.optim.seed)
     task = ScaleTokenizerTask(
         VQVAE(vq), images, held_out, total_steps=config.optim.steps, truncate=config.vq.truncate, first_share=config.vq.first_share
@@ -271,10 +273,12 @@ def _var_teacher(config: VARTeacherTraining, directory: Path, stage: Callable, l
     scales = parse_scales(config.scales, len(sides)) if config.scales else range(len(sides))
     if config.short and not scales.start < config.short_scales <= scales.stop:
         config = config.model_copy(update={"short": 0.0})  # the short sequence would hold nothing that is trained
-    others = {name: _same_scales(name, tokenizer) for name in (config.init, config.expert) if name}
+    if config.init and config.var != VARSection():
+        raise ConfigError("var.*: the sizes are those of --init.", "Drop one of the two.")
+    start, expert = (name and _same_scales(name, tokenizer) for name in (config.init, config.expert))
     codes, labels, names = _codes(config.data, tokenizer, directory, stage, log)
-    if config.init:
-        model, sizes = others[config.init].module.float().requires_grad_(True), others[config.init].module.config
+    if start:
+        model, sizes = start.module.float().requires_grad_(True), start.module.config
         if sizes.num_classes != len(names):
             raise ConfigError(f"{config.init} knows {sizes.num_classes} classes, {config.data} has {len(names)}.")
     else:
@@ -286,7 +290,7 @@ def _var_teacher(config: VARTeacherTraining, directory: Path, stage: Callable, l
         model.init_weights(torch.Generator().manual_seed(config.optim.seed))
     task = ScaleTeacherTask(
         model, tokenizer.quantize, codes, labels, _held_out(codes, labels), scales=(scales.start, scales.stop - 1), short=config.short,
-        short_scales=config.short_scales, expert=others[config.expert].module if config.expert else None, weight=config.expert_weight,
+        short_scales=config.short_scales, expert=expert.module if expert else None, weight=config.expert_weight,
     )  # fmt: skip
     more = {**_tokenizer_parts(config.tokenizer, tokenizer), "sampling": config.sampling.model_dump(), "classes": names}
     if config.scales:

@@ -115,9 +115,11 @@ class ScaleTokenizerTask(TokenizerTask):
     """The multi-scale tokenizer of VAR (arXiv 2404.02905): the quantiser's losses are means over the running sums of all scales.
 
     A VAR draws the codes of a scale independently, so what they must agree on has to stand in a coarser scale. Three things see to
-    it. A helper network, dropped after training, paints a thumbnail from the first scale's vectors alone. ``truncate`` is the share of
-    the rows decoded from their first k scales only. And the gradient passes through the averaging of every scale, skipping only the
-    rounding to codes. A few times the codebook is fitted anew by k-means: ``first_share`` of it to the first scale, the rest evenly.
+    it. A helper network, dropped after training, paints a thumbnail from the first scale's vectors alone; a second one reads every
+    cell's own place from the encoder's features, because an average can only tell where a thing is if its cells know. ``truncate`` is
+    the share of the rows decoded from their first k scales only. And the gradient passes through the averaging of every scale,
+    skipping only the rounding to codes. A few times the codebook is fitted anew by k-means: ``first_share`` of it to the first scale,
+    the rest evenly.
     """
 
     refits = (0.02, 0.1, 0.25, 0.45)  # at these parts of the training
@@ -134,17 +136,23 @@ class ScaleTokenizerTask(TokenizerTask):
         self.painter = nn.Sequential(
             nn.Linear(width, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 3 * thumbnail**2)
         )  # fmt: skip
+        self.locator = nn.Conv2d(config.ch * config.ch_mult[-1], 2, 1)
+        ramp = torch.linspace(-1, 1, config.patch_nums[-1])
+        self.register_buffer("places", torch.stack(torch.meshgrid(ramp, ramp, indexing="ij")), persistent=False)
 
     @property
     def optimised(self) -> nn.Module:
-        return nn.ModuleList((self.trained, self.painter))
+        return nn.ModuleList((self.trained, self.painter, self.locator))
 
     def loss(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         if step in self.refit_at:
             self._refit(step)
         rows = torch.randint(len(self.pool), (batch_size,), generator=generator)
         pixels = to_pixels(self.pool[rows]).to(self.usage.device)
-        latents = self.trained.latents(pixels).float()
+        encoder = self.trained.encoder
+        features = encoder.features(pixels)
+        place = (self.locator(features).float() - self.places).square().mean()
+        latents = self.trained.quant_conv(encoder.conv_out(F.silu(encoder.norm_out(features)))).float()
         fixed = latents.detach()
         with torch.autocast(latents.device.type, enabled=False):
             codes, maps = self.trained.quantize.encode(fixed)
@@ -156,7 +164,8 @@ class ScaleTokenizerTask(TokenizerTask):
         error = self.trained.decode_map(torch.stack(sums)[last, torch.arange(batch_size)]).float() - pixels
         thumbnail = F.mse_loss(self.painter(first.flatten(1)), F.adaptive_avg_pool2d(pixels, self.side).flatten(1))
         l1, mse = error.abs().mean(), error.square().mean()
-        return {"loss": l1 + 2 * mse + quantiser + 4 * thumbnail, "l1": l1, "mse": mse, "thumbnail_mse": thumbnail}
+        loss = l1 + 2 * mse + quantiser + 4 * thumbnail + place
+        return {"loss": loss, "l1": l1, "mse": mse, "thumbnail_mse": thumbnail, "place_mse": place}
 
     def _straight_through(self, latents: Tensor, codes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """The running sums again, with a gradient to ``latents`` that skips the rounding to codes and nothing else, and the vectors
