@@ -136,7 +136,8 @@ class Stack:
             "origin": source.origin,
             "weights_sha256": self.model.sha256,
             "dataset": source.card.get("dataset"),
-            "sampler": self.config.baseline or ("student" if source.kind == "student" else self.config.sampler),
+            "sampler": self.config.baseline
+            or ("student" if source.kind == "student" else "more-smooth" if self.config.more_smooth else self.config.sampler),
             "cfg": self.guidance.scale,
             "cfg_interval": self.guidance.interval,
             "temperature": self.pipeline.temperature,
@@ -203,6 +204,8 @@ def check(config: StackConfig) -> ModelSource:
             parse_baseline(config.baseline, source.layout)
             if config.rng != "keyed":
                 raise ConfigError(f"--rng {config.rng} has no effect on --baseline {config.baseline}, which draws with the keyed stream.")
+            if wanted and not config.baseline.startswith("skip"):
+                raise ConfigError(f"--baseline {config.baseline} counts the codes of the plain teacher.", f"Drop {', '.join(wanted)}.")
         if config.more_smooth and (config.rng != "keyed" or config.baseline or config.sampler != "ar"):
             raise ConfigError("--more-smooth is a sampler of its own.", "Drop --rng, --sampler and --baseline.")
         if wanted:
@@ -234,7 +237,9 @@ def check(config: StackConfig) -> ModelSource:
         if config.teacher_range:
             parse_teacher_range(config.teacher_range, source.layout)
             _teacher_source(source)
-    sampling_rule(source, config)
+    guidance, _ = sampling_rule(source, config)
+    if config.share and not guidance.active:
+        raise ConfigError("--share: without guidance there are no halves to share.", "Drop it, or give --cfg above 0.")
     return source
 
 
@@ -262,17 +267,25 @@ def schedule_rows(config: StackConfig, source: ModelSource) -> list[ScaleRow]:
         big, small, count = parse_collab(config.collab, K)
         if config.schedule:
             raise ConfigError("--collab and --schedule both choose models.", "Write the models into the schedule's rows.")
-        if resolve(big).name != source.name:
+        named = resolve(big)
+        if (named.name, named.path) != (source.name, source.path):
             raise ConfigError(f"--collab {config.collab}: the big model is not --model {source.name}.", f"Use --model {big}.")
         rows = [*rows[:count], *(row.model_copy(update={"model": small}) for row in rows[count:])]
     for text in config.apply:
         name = text.partition("=")[0]
         if name != "litevar":
             raise ConfigError(f"--apply {text}: unknown transform or policy '{name}'.", "Known: litevar=PROFILE")
-        rows = [row.model_copy(update={"attention": text}) if row.model == "" and row.attention == "dense" else row for row in rows]
+        rows = _fill(rows, f"--apply {text}", {"attention": text}, lambda row: row.model == "" and row.attention == "dense")
     if config.share:
-        rows = [row.model_copy(update={"cfg": "shared"}) if row.cfg == "full" else row for row in rows]
+        rows = _fill(rows, "--share map", {"cfg": "shared"}, lambda row: row.cfg == "full")
     return rows
+
+
+def _fill(rows: list[ScaleRow], option: str, cells: dict[str, Any], wanted: Callable[[ScaleRow], bool]) -> list[ScaleRow]:
+    """An option's cells in the rows that leave them open. ConfigError when there is none: the option would do nothing."""
+    if not any(wanted(row) for row in rows):
+        raise ConfigError(f"{option}: every scale of the schedule says something else already.", "Drop one of the two.")
+    return [row.model_copy(update=cells) if wanted(row) else row for row in rows]
 
 
 def build(
@@ -311,7 +324,8 @@ def build(
             else (_baseline(config, model, decoder, pipeline, ar, log), f"{source.label} {config.baseline}")
         )
     if rows:
-        name = " + ".join([name, *(part for part in (config.collab, config.schedule, config.share, *config.apply) if part)])
+        smooth = "more-smooth" if config.more_smooth else None
+        name = " + ".join([name, *(part for part in (config.collab, config.schedule, config.share, *config.apply, smooth) if part)])
     return Stack(config, name, model, generator, torch.device(device), pipeline, guidance, rows, steps)
 
 

@@ -10,8 +10,11 @@ from arsp.decode.next_scale import NextScaleDecoder
 from arsp.models.var import VAR, VARConfig
 from arsp.models.var_student import VARStudent
 from arsp.protocols import Layout
+from arsp.sparse.profile import Profile, save_profile, uniform_share
+from arsp.sparse.window import empty_windows
 from arsp.tokenizers.var_vqvae import VQVAE, VQVAEConfig
 from arsp.zoo.bundle import save_bundle
+from arsp.zoo.load import ModelSource, stored_sha256
 
 SIDES = (1, 2, 4)
 LAYOUT = Layout.next_scale(SIDES)
@@ -51,19 +54,21 @@ def plain(config: VARConfig | VQVAEConfig) -> dict:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
 
 
-def tokenizer_bundle(path: Path) -> Path:
-    return save_bundle(path, family="var", kind="tokenizer", config=plain(VQ), model=tokenizer_model().state_dict())
+def tokenizer_bundle(path: Path, vq: VQVAEConfig = VQ) -> Path:
+    return save_bundle(path, family="var", kind="tokenizer", config=plain(vq), model=tokenizer_model(vq).state_dict())
 
 
-def teacher_bundle(path: Path, **more) -> Path:
+def teacher_bundle(
+    path: Path, config: VARConfig = CONFIG, seed: int = 2, vq: VQVAEConfig = VQ, tokenizer_seed: int = 1, **more: object
+) -> Path:
     return save_bundle(
         path,
         family="var",
         kind="teacher",
-        config=plain(CONFIG),
-        model=var_model().state_dict(),
-        tokenizer={"config": plain(VQ)},
-        tokenizer_weights=tokenizer_model().state_dict(),
+        config=plain(config),
+        model=var_model(config, seed).state_dict(),
+        tokenizer={"config": plain(vq)},
+        tokenizer_weights=tokenizer_model(vq, tokenizer_seed).state_dict(),
         **{"sampling": SAMPLING, "classes": CLASSES, **more},
     )
 
@@ -83,3 +88,15 @@ def student_bundle(path: Path, teacher: Path | None = None, known: tuple[int, ..
         sampling=SAMPLING,
         teacher=None if teacher is None else str(teacher),
     )
+
+
+def profile_bundle(path: Path, source: ModelSource, radius: int | None = None, **changes: object) -> Path:
+    """A LiteVAR profile of a model: the last scale sees windows of ``radius`` of itself (None: everything is dense), guidance halves
+    share the map everywhere; ``changes``: other fields."""
+    config, sides = source.config, tuple(source.config["patch_nums"])
+    win = empty_windows(len(sides), config["depth"], config["num_heads"])
+    if radius is not None:
+        win[:, :, -1, -1] = radius
+    share = uniform_share("map", config["depth"], len(sides))
+    fields = dict(model=source.name, fingerprint=stored_sha256(source), patch_nums=sides, win=win, share=share)
+    return save_profile(path, Profile(**{**fields, **changes}))

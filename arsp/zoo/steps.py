@@ -47,7 +47,7 @@ def _beside(source: ModelSource, main: ModelSource) -> ModelSource:
                 f"{source.name} and {main.name} cannot make one image: {key} {source.config[key]} and {main.config[key]}.",
                 "Take two models of one tokenizer.",
             )
-    if source.tokenizer_identity != main.tokenizer_identity:
+    if source.tokenizer_identity not in (None, main.tokenizer_identity):  # official files hold none and take the stack's
         raise ConfigError(
             f"{source.name} and {main.name} have different tokenizers ({source.tokenizer_identity}, {main.tokenizer_identity}).",
             "Take two models of one tokenizer.",
