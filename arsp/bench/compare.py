@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from arsp.bench import cost, official
+from arsp.bench import cost, cost_var, official, official_var
+from arsp.bench.parts import OFFICIAL, Entry, ours
 from arsp.bench.timing import Timing, Work
 from arsp.errors import ConfigError
 from arsp.models.llamagen import GPT
+from arsp.models.var import VAR
 from arsp.runs import check_stop
 from arsp.stack import Stack, labels_for
 
@@ -20,7 +22,8 @@ EAGER = "eager official-way loop"
 
 @dataclass
 class Contender:
-    """One thing to time. ``work`` makes ``num`` images (or their codes), ``batch_size`` at a time; ``cost`` is known beforehand."""
+    """One thing to time. ``work`` makes ``num`` images (or their codes), ``batch_size`` at a time; ``cost`` is known beforehand;
+    ``parts``: the callables by which its time can be split, nothing where that is not known."""
 
     name: str
     work: Work
@@ -29,15 +32,18 @@ class Contender:
     stack: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     stats: Callable[[], dict[str, float]] = dict
+    parts: Sequence[Entry] = ()
 
     def measured(self, timing: Timing) -> dict[str, Any]:
         """The ``cost`` block of a record. ``latency_ms`` is of one batch."""
         batches = -(-self.num // self.batch_size)
         latency = {key: value / batches for key, value in timing.latency_ms().items()}
-        known = {key: self.stats().get(key) for key in ("passes", "tokens_per_pass")}
+        stats = self.stats()
+        known = {key: stats.get(key) for key in ("passes", "tokens_per_pass")}
         rate = self.num / (timing.median_ms / 1e3)
         return {
-            "simulated": False,
+            "simulated": bool(stats.get("simulated")),
+            "kv_bytes": stats.get("kv_bytes"),
             **self.cost,
             **known,
             "latency_ms": latency,
@@ -55,34 +61,53 @@ def stack_contender(name: str, stack: Stack, *, num: int, batch_size: int, seed:
     def work() -> None:
         for ids in torch.arange(num).split(batch_size):
             generation = stack.generator.generate(stack.request(ids, seed, None if labels is None else labels[ids]))
-            stats.update(generation.stats)
+            stats.update(generation.stats, simulated=any(step.policy.simulated for step in stack.steps))
             if decode:
                 stack.decode(generation)
             check_stop()
 
-    return Contender(name, work, num, batch_size, stack.describe(), known_cost(stack, min(num, batch_size)), lambda: stats)
+    known = known_cost(stack, min(num, batch_size), decode)
+    parts = ours([step.policy for step in stack.steps]) if isinstance(stack.model.module, VAR) and stack.config.baseline is None else ()
+    return Contender(name, work, num, batch_size, stack.describe(), known, lambda: stats, parts)
 
 
-def known_cost(stack: Stack, batch_size: int) -> dict[str, Any]:
-    """Weight bytes; for a plain AR teacher also the cache bytes of its last pass (exactly the valid slots) and the MACs of an image."""
-    block: dict[str, Any] = {"weight_bytes": stack.model.weight_bytes()}
+def known_cost(stack: Stack, batch_size: int, decode: bool) -> dict[str, Any]:
+    """Weight bytes; for a plain AR teacher also the MACs of an image (of a VAR by part, its tokenizer's decoder with ``decode``), and
+    of a GPT the cache bytes of its last pass (exactly the valid slots)."""
+    block: dict[str, Any] = {"weight_bytes": weight_bytes(stack.modules())}
     module = stack.model.module
-    plain = isinstance(module, GPT) and stack.config.baseline is None and stack.config.sampler == "ar"
-    if plain:
+    if stack.config.baseline is not None or stack.config.sampler != "ar" or stack.rows:
+        return block
+    if isinstance(module, GPT):
         config, halves, dtype = module.config, 2 if stack.guidance.active else 1, module.output.weight.dtype
         slots = config.cls_token_num + config.block_size - 1
         block["kv_bytes"] = cost.kv_bytes(config, slots, halves * batch_size, dtype)
         if halves == 1 or stack.guidance.interval <= -1:
             block["macs"] = cost.decode_macs(config, rows=halves)
             block["moved_bytes_per_batch"] = cost.decode_bytes(config, rows=halves * batch_size, dtype=dtype)
+    elif isinstance(module, VAR):
+        block |= _var_macs(stack, decode, guidance=stack.guidance.active)
     return block
 
 
-def eager_contender(stack: Stack, *, num: int, batch_size: int, seed: int) -> Contender:
-    """The same weights, guidance scale and temperature, sampled the way the official code does it. ConfigError where it does not apply."""
+def weight_bytes(modules: Sequence[torch.nn.Module]) -> int:
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+def _var_macs(stack: Stack, decode: bool, **how: bool) -> dict[str, Any]:
+    parts = cost_var.count_parts(stack.model.module.config, **how)
+    parts += cost_var.tokenizer_parts(stack.model.tokenizer.config) if decode else []
+    return {"macs": cost_var.total_macs(parts), "macs_by_part": cost_var.describe(parts)}
+
+
+def eager_contender(stack: Stack, *, num: int, batch_size: int, seed: int, decode: bool = False) -> Contender:
+    """The same weights and sampling rule, run the way the official code does it; images too where ``decode`` is set (VAR only, in
+    float32 whatever the stack's precision). ConfigError where it does not apply."""
     module = stack.model.module
+    if isinstance(module, VAR):
+        return _eager_var(stack, num=num, batch_size=batch_size, seed=seed, decode=decode)
     if not isinstance(module, GPT) or module.config.model_type != "c2i":
-        raise ConfigError(f"--baseline eager: {stack.name} is not a class-conditional GPT.", "Use it with llamagen or llamagen-b-256.")
+        raise ConfigError(f"--baseline eager: {stack.name} is neither a class-conditional GPT nor a VAR.", "Use it with llamagen or var.")
     if not stack.guidance.active or stack.guidance.interval > -1 or not is_plain(stack):
         raise ConfigError(
             "--baseline eager: the official loop here is guided at every step, without top-k, top-p or top-h.", "Use cfg=2,top_p=1."
@@ -100,6 +125,38 @@ def eager_contender(stack: Stack, *, num: int, batch_size: int, seed: int) -> Co
     known = {"weight_bytes": stack.model.weight_bytes(), "kv_bytes": official.cache_bytes(module, min(num, batch_size))}
     described = {**stack.describe(), "name": EAGER, "sampler": "official-eager", "rng": "torch"}
     return Contender(EAGER, work, num, batch_size, described, known, lambda: {"passes": module.config.block_size, "tokens_per_pass": 1.0})
+
+
+def _eager_var(stack: Stack, *, num: int, batch_size: int, seed: int, decode: bool) -> Contender:
+    rule = stack.pipeline
+    if stack.config.baseline or stack.config.sampler != "ar" or stack.config.more_smooth or rule.temperature != 1 or rule.top_h:
+        raise ConfigError(
+            "--baseline eager: the official loop here draws by top-k and top-p at temperature 1.", "Use --baseline eager with var,cfg=1.5."
+        )
+    model, tokenizer = official_var.eager_copy(stack.model.module, stack.model.tokenizer)
+    labels = labels_for(stack, num, seed, None).to(stack.device)
+    generator = torch.Generator(stack.device).manual_seed(seed)
+    top_p = 0.0 if rule.top_p == 1 else rule.top_p
+
+    def work() -> None:
+        for part in labels.split(batch_size):
+            _, f_hat = official_var.sample_official(
+                model, tokenizer.quantize, part, cfg=stack.guidance.scale, top_k=rule.top_k, top_p=top_p, generator=generator
+            )
+            if decode:
+                official_var.to_pixels(tokenizer, f_hat)
+            check_stop()
+
+    known = {
+        "weight_bytes": weight_bytes([model]),
+        "kv_bytes": official_var.cache_bytes(model, min(num, batch_size)),
+        **_var_macs(stack, decode, guidance=True, adaln_per_scale=True),
+    }
+    described = {key: value for key, value in stack.describe().items() if key != "schedule"}
+    described |= {"name": EAGER, "sampler": "official-eager", "rng": "torch", "dtype": "float32"}
+    passes = model.config.num_scales
+    stats = {"passes": passes, "tokens_per_pass": model.config.num_tokens / passes}
+    return Contender(EAGER, work, num, batch_size, described, known, lambda: stats, OFFICIAL)
 
 
 def is_plain(stack: Stack) -> bool:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from arsp.cli.options import CommandContext, command, make_table
 from arsp.config import StrictModel
-from arsp.errors import UsageError
+from arsp.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from arsp.bench.compare import Contender
@@ -23,7 +23,8 @@ class BenchConfig(StrictModel):
     compare: bool = Field(False, description="interleave the stacks in one process and give ratios to the first")
     baseline: Literal["eager"] | None = Field(None, description="eager: the first stack's weights in a plain loop of the official kind")
     random_weights: bool = Field(False, description="no checkpoints; codes only where there is no tokenizer")
-    decode: bool = Field(True, description="include the tokenizer's decoder (not with a baseline: that compares codes)")
+    parts: bool = Field(False, description="also split the time by part of the model (VAR)")
+    decode: bool = Field(True, description="include the tokenizer's decoder (not with a baseline of a GPT: that compares codes)")
     num: int | None = Field(None, ge=1, description="images a timed call (default: one batch)")
     batch_size: int = Field(1, ge=1, description="images at a time")
     repeats: int = Field(5, ge=1, description="timed rounds")
@@ -40,6 +41,7 @@ class BenchConfig(StrictModel):
         "arsp bench",
         "arsp bench --compare llamagen llamagen-dd1 llamagen-dd1,student_steps=2 --batch-size 32",
         "arsp bench llamagen-b-256 --random-weights --baseline eager --threads 2",
+        "arsp bench var-d16 --random-weights --baseline eager --parts --dtype bfloat16 --threads 2",
         "arsp bench --compare llamagen llamagen-dd1 --json --fail-if 'speedup<2'",
     ],
     shared=("device", "dtype", "batch_size", "seed", "threads", "kernels", "config", "out", "fail_if", "print_config"),
@@ -54,6 +56,7 @@ def bench(
     compare: Annotated[bool, typer.Option("--compare", help="Interleave all stacks and print ratios to the first")] = False,
     baseline: Annotated[Optional[str], typer.Option(help="eager: against a plain loop of the official kind on the same weights")] = None,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Need no checkpoint (cost only)")] = False,
+    parts: Annotated[bool, typer.Option("--parts", help="Also split the time by part of the model, in rounds of its own (VAR)")] = False,
     decode: Annotated[Optional[bool], typer.Option("--decode/--no-decode", help="Include decoding codes to pixels (default: yes)")] = None,
     num: Annotated[Optional[int], typer.Option(help="Images a timed call (default: one batch)")] = None,
     repeats: Annotated[Optional[int], typer.Option(help="Timed rounds (default: 5)")] = None,
@@ -66,7 +69,7 @@ def bench(
     given = [*(stacks or []), *(model or [])]
     named = {
         "stacks": given or None, "compare": compare or None, "baseline": baseline, "random_weights": random_weights or None,
-        "decode": decode, "num": num, "repeats": repeats, "warmup": warmup,
+        "parts": parts or None, "decode": decode, "num": num, "repeats": repeats, "warmup": warmup,
     }  # fmt: skip
     config = ctx.resolve(BenchConfig, named)
     if config.compare and len(config.stacks) < 2 and config.baseline is None:
@@ -101,6 +104,7 @@ def parse_stack(text: str, random_weights: bool) -> Any:
 def run_bench(ctx: CommandContext, config: BenchConfig, recipes: list[Any]) -> dict[str, Any]:
     """Load, measure, and complete the record."""
     from arsp.bench import timing
+    from arsp.bench.parts import measure_parts
     from arsp.runs import Run, stop_signals
 
     device = ctx.setup_torch()
@@ -110,10 +114,14 @@ def run_bench(ctx: CommandContext, config: BenchConfig, recipes: list[Any]) -> d
         together = config.compare or config.baseline is not None
         groups = [contenders] if together else [[contender] for contender in contenders]
         timings: dict[str, Timing] = {}
-        with ctx.progress((config.repeats + config.warmup + 1) * len(contenders), "bench") as advance:
+        calls = config.repeats + config.warmup + 1 + config.repeats * config.parts
+        with ctx.progress(calls * len(contenders), "bench") as advance:
             for group in groups:
                 work = {contender.name: contender.work for contender in group}
                 timings |= timing.measure(work, repeats=config.repeats, warmup=config.warmup, device=device, progress=advance)
+            if config.parts:
+                work = {contender.name: (contender.work, contender.parts) for contender in contenders}
+                run.record["parts"] = measure_parts(work, repeats=config.repeats, device=device, tick=advance)
         fill_record(run, config, contenders, timings, together)
     return run.record
 
@@ -130,14 +138,19 @@ def load(ctx: CommandContext, config: BenchConfig, recipes: list[Any], device: A
         stack = build(recipe, device, ctx.torch_dtype(), ctx.log)
         if stack.model.source.origin == "embedded":
             ctx.log(f"{stack.model.name}: embedded tiny model ({stack.model.source.card['about']})")
-        decode = config.decode and config.baseline is None and stack.model.tokenizer is not None
+        codes_only = config.baseline is not None and stack.model.source.layout.is_raster
+        decode = config.decode and not codes_only and stack.model.tokenizer is not None
         if config.decode and not decode:
             ctx.log(f"{stack.name}: codes only, without decoding to pixels")
         name = unused(text if "," in text else stack.name, [other.name for other in contenders])
         contenders.append(stack_contender(name, stack, num=num, batch_size=config.batch_size, seed=config.seed, decode=decode))
-        built.append(stack)
+        built.append((stack, decode))
     if config.baseline == "eager":
-        contenders.insert(0, eager_contender(built[0], num=num, batch_size=config.batch_size, seed=config.seed))
+        stack, decode = built[0]
+        contenders.insert(0, eager_contender(stack, num=num, batch_size=config.batch_size, seed=config.seed, decode=decode))
+    unknown = [contender.name for contender in contenders if config.parts and not contender.parts]
+    if unknown:
+        raise ConfigError(f"--parts: the time of {', '.join(unknown)} cannot be split.", "Use it with var and its official sizes.")
     return contenders
 
 
@@ -167,6 +180,10 @@ def fill_record(run: Any, config: BenchConfig, contenders: list[Contender], timi
             ratio = speedup(timing, timings[first.name])
             more = {"stack": contender.name, "low": ratio.low, "high": ratio.high}
             run.add_metric("speedup", ratio.value, n=config.repeats, protocol=f"against {first.name}, {protocol}", **more)
+    for name, lines in run.record.get("parts", {}).items():
+        for line in lines:
+            more = {"stack": name, "part": line["part"], "share": line["share"]}
+            run.add_metric("part_ms", line["ms"], n=config.repeats, protocol=f"exclusive wall clock of a call, {protocol}", **more)
     run.record["stacks"] = entries
     run.record["roofline"] = {"bytes_per_s": roof.bytes_per_s, "float32_macs_per_s": roof.macs_per_s}
     main = entries[1 if config.baseline else 0]
@@ -175,7 +192,9 @@ def fill_record(run: Any, config: BenchConfig, contenders: list[Contender], timi
 
 
 def bench_table(record: dict[str, Any]) -> Any:
-    """One line a stack."""
+    """One line a stack; with --parts one line a part below."""
+    from rich.console import Group
+
     ratios = {metric["stack"]: metric for metric in record["metrics"] if metric["name"] == "speedup"}
     columns = ["stack", "p50 ms", "p95 ms", "images/s", "passes", "peak MB", "weights MB", "cache MB", "ceiling ms"]
     columns += ["speed-up to the first"] if ratios else []
@@ -191,7 +210,17 @@ def bench_table(record: dict[str, Any]) -> Any:
     environment, config = record["environment"], record["config"]
     where = environment["cpu"] if environment["device"] == "cpu" else environment.get("gpu")
     title = f"{where}, {environment['threads']} threads, {config['dtype']}, batch {config['batch_size']}"
-    return make_table(title, columns, rows)
+    table = make_table(title, columns, rows)
+    return Group(table, parts_table(record["parts"])) if "parts" in record else table
+
+
+def parts_table(parts: dict[str, list[dict[str, Any]]]) -> Any:
+    """One line a part: milliseconds and share of a call for every stack."""
+    columns = ["part", *(column for name in parts for column in (f"{name}, ms", "%"))]
+    together = zip(*parts.values(), strict=True)
+    rows = [[lines[0]["part"], *(cell for line in lines for cell in (line["ms"], 100 * line["share"]))] for lines in together]
+    rows.append(["sum", *(cell for lines in parts.values() for cell in (sum(line["ms"] for line in lines), None))])
+    return make_table("exclusive wall clock of a call, by part", columns, rows)
 
 
 class KernelBenchConfig(StrictModel):
