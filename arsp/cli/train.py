@@ -34,7 +34,9 @@ def train(
     tokenizer: Annotated[
         Optional[str], typer.Option(help="Tokenizer of a teacher: bundle, run directory or embedded name [default: shapes-vq16]")
     ] = None,
-    family: Annotated[Optional[str], typer.Option(help="llamagen or var; a teacher follows its tokenizer [default: llamagen]")] = None,
+    family: Annotated[
+        Optional[str], typer.Option(help="llamagen or var; a teacher follows its tokenizer or --init [default: llamagen]")
+    ] = None,
     init: Annotated[Optional[str], typer.Option(help="Start from this teacher (var)")] = None,
     scales: Annotated[Optional[str], typer.Option(help="a-b: train these scales only: a drafter or refiner (var)")] = None,
     steps: Annotated[Optional[int], typer.Option(help="Optimiser updates")] = None,
@@ -51,10 +53,10 @@ def train(
         "data": data, "tokenizer": tokenizer, "init": init, "scales": scales, "optim.steps": steps, "optim.lr": lr,
         "optim.batch_size": batch_size, "optim.seed": seed,
     }  # fmt: skip
-    if what == "teacher" and family is None and tokenizer is not None:
+    if what == "teacher" and family is None and (tokenizer or init):
         from arsp.zoo.load import resolve_tokenizer
 
-        family = resolve_tokenizer(tokenizer).family.name
+        family = resolve_tokenizer(tokenizer or init).family.name
     schema = schema_of(what, family)
     for key in ("tokenizer", "init", "scales"):
         if named[key] is not None and key not in schema.model_fields:

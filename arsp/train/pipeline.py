@@ -277,10 +277,11 @@ def _var_teacher(config: VARTeacherTraining, directory: Path, stage: Callable, l
         raise ConfigError("var.*: the sizes are those of --init.", "Drop one of the two.")
     start, expert = (name and _same_scales(name, tokenizer) for name in (config.init, config.expert))
     codes, labels, names = _codes(config.data, tokenizer, directory, stage, log)
+    for other in (start, expert):
+        if other and other.module.config.num_classes != len(names):
+            raise ConfigError(f"{other.name} knows {other.module.config.num_classes} classes, {config.data} has {len(names)}.")
     if start:
         model, sizes = start.module.float().requires_grad_(True), start.module.config
-        if sizes.num_classes != len(names):
-            raise ConfigError(f"{config.init} knows {sizes.num_classes} classes, {config.data} has {len(names)}.")
     else:
         sizes = VARConfig(
             **config.var.model_dump(), num_classes=len(names), vocab_size=tokenizer.config.vocab_size,
@@ -293,6 +294,8 @@ def _var_teacher(config: VARTeacherTraining, directory: Path, stage: Callable, l
         short_scales=config.short_scales, expert=expert.module if expert else None, weight=config.expert_weight,
     )  # fmt: skip
     more = {**_tokenizer_parts(config.tokenizer, tokenizer), "sampling": config.sampling.model_dump(), "classes": names}
+    if start or expert:
+        more["parents"] = [{"model": other.name, "sha256": other.sha256} for other in (start, expert) if other]
     if config.scales:
         more["scales"] = [scales.start, scales.stop - 1]
     return Job(task, lambda path, state: _bundle(path, "var", "teacher", _plain(sizes), task, state, config.data, **more))
