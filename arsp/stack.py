@@ -64,11 +64,11 @@ class StackConfig(StrictModel):
     more_smooth: bool = Field(False, description="Gumbel-smoothed vectors instead of codes (next-scale; pictures, never metrics)")
     image_size: int | None = Field(None, ge=1, description="bicubic resize of the decoder's output before uint8")
 
-    @model_validator(mode="after")
-    def _collab_names_the_model(self) -> StackConfig:
-        if self.collab and "model" not in self.model_fields_set:
-            self.model = self.collab.partition(":")[0]
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _collab_names_the_model(cls, values: dict[str, Any]) -> dict[str, Any]:
+        collab = values.get("collab")
+        return {"model": collab.partition(":")[0], **values} if isinstance(collab, str) else values
 
 
 @dataclass

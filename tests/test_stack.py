@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import pytest
 import tiny_models
+import tiny_var
 import torch
 
 from arsp import stack as stacks
@@ -176,3 +179,162 @@ def test_random_weights_need_no_file():
 def test_sample_images_is_the_whole_pipeline_in_one_call(models):
     images, labels, block, cost = stacks.sample_images(models["student"], 5, 1, batch_size=2, student_steps=2)
     assert images.shape == (5, 3, 8, 8) and len(labels) == 5 and block["name"].endswith("2-step") and cost["passes"] == 2
+
+
+# -- next-scale models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scales(models, tmp_path):
+    """The models above with VAR counterparts: two of one tokenizer, one of another, a student, a profile of the big one."""
+    big = tiny_var.teacher_bundle(tmp_path / "big")
+    small = tiny_var.teacher_bundle(tmp_path / "small", replace(tiny_var.CONFIG, depth=1, embed_dim=8), seed=5)
+    profiles = {
+        f"{name}-profile": str(tiny_var.profile_bundle(tmp_path / f"{name}-profile", load.resolve(str(path)), 1))
+        for name, path in {"big": big, "small": small}.items()
+    }
+    return models | profiles | {
+        "big": str(big),
+        "small": str(small),
+        "foreign": str(tiny_var.teacher_bundle(tmp_path / "foreign", tokenizer_seed=9)),
+        "var-student": str(tiny_var.student_bundle(tmp_path / "var-student")),
+    }  # fmt: skip
+
+
+def recipe(models, tmp_path, options):
+    """Options with NAME in braces replaced by the path of that model; ``schedule`` holds the rows."""
+    filled = {key: value.format(**models) if isinstance(value, str) else value for key, value in options.items()}
+    if "schedule" in filled:
+        (tmp_path / "schedule.yaml").write_text(filled["schedule"])
+        filled["schedule"] = str(tmp_path / "schedule.yaml")
+    return filled
+
+
+IMPOSSIBLE_SCALES = [
+    ("big", {"collab": "{big}:{foreign}@1"}, "different tokenizers", 3),
+    ("big", {"collab": "{big}:{var-student}@1"}, "var student", 3),
+    ("big", {"collab": "{big}:{teacher}@1"}, "llamagen teacher", 3),
+    ("big", {"collab": "{big}:{small}@0"}, "1 <= N <= 2", 3),
+    ("big", {"collab": "{big}:{small}@3"}, "1 <= N <= 2", 3),
+    ("big", {"collab": "{big}"}, "BIG:SMALL@N", 3),
+    ("big", {"collab": "{small}:{big}@1"}, "the big model is not --model", 3),
+    ("big", {"collab": "{big}:lamagen@1"}, "unknown model", 3),
+    ("big", {"collab": "{big}:runs/none@1"}, "no such file", 4),
+    ("big", {"collab": "{big}:{small}@1", "schedule": "- {{scales: 0}}"}, "both choose models", 3),
+    ("big", {"schedule": "- {{scales: 0-1, cfg: off}}\n- {{scales: 2}}"}, "null half cannot come back", 3),
+    ("big", {"schedule": "- {{scales: 0-1, cfg: shared}}"}, "were not stored", 3),
+    ("big", {"schedule": "- {{scales: 0-1, depth: 1}}"}, "deeper than scale 1", 3),
+    ("big", {"schedule": "- {{scales: 1-2, depth: 3}}"}, "has 2", 3),
+    ("big", {"schedule": "- {{scales: 1, model: {small}}}"}, "a model comes back", 3),
+    ("big", {"schedule": "- {{scales: 2, model: {foreign}}}"}, "different tokenizers", 3),
+    ("big", {"schedule": "- {{scales: 0-2, depth: 1, attention: litevar={big-profile}}}"}, "both a depth and litevar", 3),
+    ("big", {"schedule": "- {{scales: 3}}"}, "within 0-2", 3),
+    ("big", {"schedule": "scales: 3"}, "expected a list", 4),
+    ("big", {"apply": "fastvar=x"}, "litevar=PROFILE", 3),
+    ("big", {"apply": "litevar"}, "no packaged profile", 3),
+    ("big", {"apply": "litevar=runs/none"}, "runs/none", 4),
+    ("big", {"apply": "litevar={small-profile}"}, "layers", 4),
+    ("big", {"apply": ["litevar=a", "litevar=b"]}, "--apply litevar=b", 3),
+    ("big", {"share": "map", "cfg": 0.0}, "no halves to share", 3),
+    ("big", {"share": "map", "schedule": "- {{scales: 0-2, cfg: off}}"}, "--share map", 3),
+    ("big", {"cfg_interval": 1}, "--cfg-interval", 3),
+    ("big", {"more_smooth": True, "rng": "torch"}, "--more-smooth", 3),
+    ("big", {"more_smooth": True, "baseline": "skip-1"}, "--more-smooth", 3),
+    ("big", {"baseline": "skip-3"}, "0 < N < 3", 3),
+    ("big", {"baseline": "mode", "share": "map"}, "Drop --share", 3),
+    ("big", {"student_steps": 1}, "var-dd1", 3),
+    *((model, options, "needs a next-scale teacher", 3)
+      for model in ("teacher", "student", "var-student")
+      for options in ({"share": "map"}, {"more_smooth": True}, {"apply": "litevar"}, {"collab": "{big}:{small}@1"}, {"schedule": ""})),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "options", "words", "code"), IMPOSSIBLE_SCALES)
+def test_impossible_schedules_are_refused_before_any_weight_is_read(scales, tmp_path, monkeypatch, model, options, words, code):
+    real = bundle.load_weights
+    reads = lambda path, name, manifest: real(path, name, manifest) if name == "profile.safetensors" else pytest.fail(f"{name} was read")
+    monkeypatch.setattr(bundle, "load_weights", reads)
+    with pytest.raises(ArspError) as caught:
+        stacks.build(StackConfig(**{"model": scales[model], **recipe(scales, tmp_path, options)}))
+    assert words in caught.value.message + (caught.value.hint or "") and caught.value.exit_code == code
+
+
+def test_a_profile_of_other_weights_of_the_same_sizes_is_refused(scales, tmp_path):
+    other = tiny_var.teacher_bundle(tmp_path / "other", seed=8)
+    with pytest.raises(InputError, match="calibrated on .*big with weights"):
+        stacks.check(StackConfig(model=str(other), apply=f"litevar={scales['big-profile']}"))
+
+
+def test_two_files_of_one_name_are_two_models(tmp_path):
+    levels = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 4, 16]))
+    for folder, seed in (("x", 1), ("y", 2)):
+        (tmp_path / folder).mkdir()
+        bundle.save_file({**tiny_var.var_model(seed=seed).state_dict(), "lvl_1L": levels[None]}, tmp_path / folder / "var.safetensors")
+    x, y = (str(tmp_path / folder / "var.safetensors") for folder in "xy")
+    with pytest.raises(ConfigError, match="the big model is not --model"):
+        stacks.check(StackConfig(model=x, collab=f"{y}:{x}@1"))
+    assert stacks.check(StackConfig(collab=f"{x}:{y}@1")).path == tmp_path / "x" / "var.safetensors"
+
+
+def test_collab_alone_names_the_model(scales):
+    config = StackConfig(collab=f"{scales['big']}:{scales['small']}@2")
+    assert config.model == scales["big"] and [row.model for row in stacks.schedule_rows(config, stacks.check(config))] == [
+        "", "", scales["small"],
+    ]  # fmt: skip
+
+
+POSSIBLE_SCALES = [
+    ({}, 3),
+    ({"cfg": 0.0}, 3),
+    ({"temperature": 0.0, "top_k": 3}, 3),
+    ({"baseline": "skip-1"}, 2),
+    ({"collab": "{big}:{small}@1"}, None),
+    ({"collab": "{big}:{small}@2", "apply": "litevar={big-profile}", "share": "map"}, None),
+    ({"apply": "litevar={big-profile}"}, 3),
+    ({"share": "map"}, 3),
+    ({"more_smooth": True}, 3),
+    ({"schedule": "- {{scales: 1-2, depth: 1, cfg: shared}}"}, 3),
+    ({"schedule": "- {{scales: 1, cfg: off}}\n- {{scales: 2, model: {small}, cfg: off, attention: litevar={small-profile}}}"}, None),
+    ({"baseline": "skip-1", "schedule": "- {{scales: 2, cfg: off}}", "image_size": 12}, 2),
+]
+
+
+@pytest.mark.parametrize(("options", "passes"), POSSIBLE_SCALES)
+def test_every_possible_schedule_makes_the_same_images_in_any_batch(scales, tmp_path, one_thread, options, passes):
+    stack = stacks.build(StackConfig(**{"model": scales["big"], **recipe(scales, tmp_path, options)}))
+    labels = stacks.labels_for(stack, 5, 5, None)
+    make = lambda size: [stack.generator.generate(stack.request(ids, 5, labels[ids])) for ids in torch.arange(5).split(size)]
+    (whole,), parts = make(5), make(2)
+    assert passes in (None, whole.stats["passes"])
+    differ = (whole.codes_BL != torch.cat([part.codes_BL for part in parts])).sum()
+    assert differ == 0, f"{differ} of {whole.codes_BL.numel()} codes depend on the batch size"
+    gap = (stack.decode(whole).int() - torch.cat([stack.decode(part) for part in parts]).int()).abs().max()
+    assert gap <= 1, f"pixels differ by {gap} levels"
+    images = stack.images(stack.request(torch.arange(5), 5, labels))
+    side = options.get("image_size", 8)
+    assert images.dtype == torch.uint8 and images.shape == (5, 3, side, side)
+    assert ("schedule" in stack.describe()) == bool(options.keys() & {"collab", "schedule", "apply", "share", "more_smooth"})
+
+
+def test_the_drafter_as_refiner_is_plain_sampling(scales, one_thread):
+    plain = stacks.build(StackConfig(model=scales["big"]))
+    labels = stacks.labels_for(plain, 6, 0, None)
+    expected = plain.generator.generate(plain.request(torch.arange(6), 0, labels))
+    for count in (1, 2):
+        both = stacks.build(StackConfig(collab=f"{scales['big']}:{scales['big']}@{count}"))
+        found = both.generator.generate(both.request(torch.arange(6), 0, labels))
+        assert torch.equal(found.codes_BL, expected.codes_BL), f"other codes with a hand-over at scale {count}"
+        assert found.stats["kv_bytes"] <= expected.stats["kv_bytes"]
+
+
+def test_smoothed_pictures_are_called_so(scales):
+    stack = stacks.build(StackConfig(model=scales["big"], more_smooth=True))
+    assert stack.describe()["sampler"] == "more-smooth" and stack.name.endswith("more-smooth")
+
+
+def test_weights_of_every_model_of_a_schedule_count(scales):
+    alone, both = (
+        stacks.build(config) for config in (StackConfig(model=scales["big"]), StackConfig(collab=f"{scales['big']}:{scales['small']}@1"))
+    )
+    small = sum(parameter.numel() for parameter in load.load_model(scales["small"]).module.parameters())
+    assert both.cost()["weight_bytes"] == alone.cost()["weight_bytes"] + 4 * small
