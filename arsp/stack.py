@@ -29,7 +29,7 @@ from arsp.registry import Registry
 from arsp.rng import keyed_labels
 from arsp.tokenizers.pixels import resize_for_evaluation, to_uint8
 from arsp.zoo.load import LoadedModel, ModelSource, cache_root, load_model, resolve
-from arsp.zoo.steps import check_steps, load_steps
+from arsp.zoo.steps import check_steps, load_steps, parts_of
 
 SAMPLERS = Registry("samplers")
 DEFAULT_BATCH = 64  # images at a time where the user does not say
@@ -42,7 +42,7 @@ class StackConfig(StrictModel):
     tokenizer: str | None = Field(None, description="tokenizer file of an official GPT file")
     sampler: str = Field("ar", description="how codes are drawn from a teacher")
     rng: Literal["keyed", "torch"] = Field("keyed", description="keyed: image i depends on (seed, i) only; torch: multinomial stream")
-    cfg: float | None = Field(None, ge=0, description="guidance scale (<= 1 is off)")
+    cfg: float | None = Field(None, ge=0, description="guidance scale (off: <= 1, of a next-scale model 0)")
     cfg_interval: int = Field(-1, ge=-1, description="guide only the first codes, official counting (-1: all)")
     temperature: float | None = Field(None, ge=0)
     top_k: int | None = Field(None, ge=0)
@@ -147,7 +147,14 @@ class Stack:
             "rng": self.config.rng,
             "num_tokens": source.layout.num_tokens,
             "grid": list(source.layout.grid),
-            **({"schedule": describe_rows(self.rows, self.sides, str(self.model.dtype), source.name)} if self.rows else {}),
+            **(
+                {
+                    "schedule": describe_rows(self.rows, self.sides, str(self.model.dtype), source.name),
+                    "parts": parts_of(self.rows, source),
+                }
+                if self.rows
+                else {}
+            ),
         }
 
     @property
@@ -257,6 +264,11 @@ def schedule_plan(config: StackConfig, source: ModelSource, dtype: str) -> dict[
     if source.layout.is_raster or source.kind != "teacher":
         return {}
     return {"schedule": describe_rows(schedule_rows(config, source), tuple(source.config["patch_nums"]), dtype, source.name)}
+
+
+def schedule_parts(config: StackConfig, source: ModelSource) -> dict[str, str | None]:
+    """SHA-256 of the other models and the profiles of a stack by name, as its record has them under ``parts``."""
+    return parts_of(schedule_rows(config, source), source) if next_scale_options(config) else {}
 
 
 def schedule_rows(config: StackConfig, source: ModelSource) -> list[ScaleRow]:

@@ -88,7 +88,7 @@ def sample(
     list_classes: Annotated[bool, typer.Option("--list-classes", help="Print the classes of the model and stop")] = False,
     sampler: Annotated[Optional[str], typer.Option(help="How a teacher's codes are drawn [default: ar]")] = None,
     rng: Annotated[Optional[str], typer.Option(help="keyed (default) or torch (the official multinomial stream)")] = None,
-    cfg: Annotated[Optional[float], typer.Option(help="Guidance scale; 1 or less is off")] = None,
+    cfg: Annotated[Optional[float], typer.Option(help="Guidance scale; off: 1 or less, of a next-scale model 0")] = None,
     cfg_interval: Annotated[Optional[int], typer.Option(help="Guide only the first codes, official counting; -1: all")] = None,
     temperature: Annotated[Optional[float], typer.Option(help="0 is greedy")] = None,
     top_k: Annotated[Optional[int], typer.Option(help="0: off; ties are kept")] = None,
@@ -201,11 +201,12 @@ def run_sample(ctx: CommandContext, config: SampleConfig, recipe: Any, source: A
 
     device = ctx.setup_torch()
     with runs.Run.open("sample", recipe.model, config.model_dump(), out, resume=ctx.opts.resume) as run, runs.stop_signals():
-        made_with, weights = run.record["stack"].get("weights_sha256"), stored_sha256(source)
-        if made_with and weights and made_with != weights:
-            raise LockedError(
-                f"{run.path} holds images of other weights of {source.name}.", "Choose another --out, or add --no-resume to make them anew."
-            )
+        before = {source.name: run.record["stack"].get("weights_sha256"), **run.record["stack"].get("parts", {})}
+        for name, weights in {source.name: stored_sha256(source), **stacks.schedule_parts(recipe, source)}.items():
+            if before.get(name) and weights and before[name] != weights:
+                raise LockedError(
+                    f"{run.path} holds images of other weights of {name}.", "Choose another --out, or add --no-resume to make them anew."
+                )
         if not run.finished:
             stack = stacks.build(recipe, device, ctx.torch_dtype(), ctx.log)
             run.record["stack"] = stack.describe()

@@ -12,6 +12,7 @@ from arsp.decode.schedule import ScaleRow, ScaleStep, check_rows
 from arsp.errors import ConfigError
 from arsp.models.attention import DensePolicy
 from arsp.runs import sha256_file
+from arsp.zoo.bundle import read_manifest
 from arsp.zoo.load import LoadedModel, ModelSource, load_model, resolve, stored_sha256
 
 ALIKE = ("patch_nums", "vocab_size", "code_dim", "num_classes")  # configuration values that models of one image must share
@@ -93,6 +94,17 @@ def packaged_profile(source: ModelSource) -> str:
     if source.origin != "embedded" or not path.is_dir():
         raise ConfigError(f"litevar: {source.name} has no packaged profile.", f"Make one: arsp sparsify --model {source.name}")
     return str(path)
+
+
+def parts_of(rows: list[ScaleRow], main: ModelSource) -> dict[str, str | None]:
+    """SHA-256 of what the rows name beside the main model, models and profiles; None for official files."""
+    models = {row.model: resolve(row.model) for row in rows if row.model}
+    found = {name: stored_sha256(source) for name, source in models.items()}
+    for row in rows:
+        if row.attention != "dense":
+            profile = row.attention.partition("=")[2] or packaged_profile(models.get(row.model, main))
+            found[profile] = read_manifest(resolve(profile).path)["sha256"]["profile.safetensors"]
+    return found
 
 
 def load_steps(
