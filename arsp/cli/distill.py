@@ -35,6 +35,7 @@ def distill(
     seed: Annotated[Optional[int], typer.Option(help="Of initialisation and batches")] = None,
 ) -> None:
     """Distil a teacher into a student that needs one or two passes. The same command continues a stopped run."""
+    from arsp.config import resolve_config
     from arsp.distill import pipeline as dd
     from arsp.registry import Registry
     from arsp.stack import sampling_rule
@@ -51,9 +52,10 @@ def distill(
         "optim.batch_size": batch_size,
         "optim.seed": seed,
     }
-    config = ctx.resolve(dd.DistillConfig, named)
+    asked = resolve_config(dd.DistillConfig, files=ctx.opts.config, named=named, overrides=ctx.opts.overrides)
+    source = resolve(asked.teacher, tokenizer=asked.tokenizer)
+    config = ctx.resolve(dd.DistillConfig, named, card=source.card.get("distill"))
     run_method = Registry("methods").get(config.method)
-    source = resolve(config.teacher, tokenizer=config.tokenizer)
     config = dd.check(config, source)
     rule = {**source.card.get("sampling", {}), **source.card.get("distillation", {})}
     guidance, pipeline = sampling_rule(source, config.trajectories, rule)
