@@ -24,6 +24,7 @@ from arsp.errors import InputError
 COVERED = frozenset(  # kinds with a parity test
     {
         "ar_table",
+        "code",
         "flowmap",
         "gpt_c2i",
         "gpt_t2i",
@@ -31,8 +32,10 @@ COVERED = frozenset(  # kinds with a parity test
         "litevar_windows",
         "llamagen_dd",
         "seeded_fixedpoint",
+        "var",
         "var_dd",
         "vq",
+        "vqvae",
     }
 )
 

@@ -12,6 +12,7 @@ from arsp.decode.filters import LogitsPipeline
 from arsp.decode.guidance import RampGuidance
 from arsp.decode.next_scale import NextScaleDecoder
 from arsp.decode.schedule import ScaleStep
+from arsp.decode.smooth import smooth_vectors
 from arsp.models.var import VAR, VARConfig, block_causal_mask
 from arsp.protocols import Request
 from arsp.testing.golden import find_cases
@@ -62,16 +63,16 @@ def test_cached_decoding_scale_by_scale(case):
     state, codes = decoder.start(request_of(io["labels"])), None
     for k in range(K):
         raw = capture_raw(model, lambda codes=codes: decoder.step(state, codes))
-        close(raw[0], io, f"ar_logits_raw_{k}", tol)
+        unguided = io[f"ar_logits_raw_{k}"][: len(raw[0])]  # recorded with the null half even where guidance is off
+        close(raw[0], {f"ar_logits_raw_{k}": unguided}, f"ar_logits_raw_{k}", tol)
         close(raw[1], io, f"ar_logits_cfg_{k}", tol)
         codes = io[f"ar_idx_{k}"]
         assert_same(raw[1].argmax(-1), codes, f"codes of scale {k}")
         assert abs(case.config["cfg"] * k / (K - 1) - float(io["cfg_t"][k])) < 1e-12
-        if k < K - 1:
-            before = decoder.start(request_of(io["labels"]))
-            decoder._add(before, tokenizer.codebook_VE[torch.cat([io[f"ar_idx_{j}"] for j in range(k + 1)], dim=1)])
-            close(before.f_hat_BEhw, io, f"ar_fhat_{k}", tol, "fhat")
-            assert_close(before.maps[-1].transpose(1, 2).reshape(io[f"ar_next_{k}"].shape), io[f"ar_next_{k}"], abs_tol=tol["fhat_atol"])
+        after = decoder.start(request_of(io["labels"]))
+        decoder._add(after, tokenizer.codebook_VE[torch.cat([io[f"ar_idx_{j}"] for j in range(k + 1)], dim=1)])
+        close(after.f_hat_BEhw, io, f"ar_fhat_{k}", tol, "fhat")
+        assert_close(after.maps[-1].transpose(1, 2).reshape(io[f"ar_next_{k}"].shape), io[f"ar_next_{k}"], abs_tol=tol["fhat_atol"])
 
 
 def capture_raw(model: VAR, work) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,12 +123,20 @@ def test_teacher_forcing_equals_the_official_forward_and_the_cached_decoder(case
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_truncation_of_the_official_sampler(case):
     logits = case.io[f"ar_logits_cfg_{len(case.config['patch_nums']) - 1}"]
-    found = [key for key in case.io if key.startswith("probs_k")]
-    assert found
-    for key in found:
+    for key in (key for key in case.io if key.startswith("probs_k")):
         k, p = (int(text[1:]) for text in key.split("_")[1:])
         law = LogitsPipeline(top_k=k, top_p=p / 100 or 1.0)(logits).exp()
         torch.testing.assert_close(law, case.io[key], atol=1e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "gumbel_y" in case.io], ids=str)
+def test_smoothed_vectors(case):
+    """Recorded: softmax((logits - log E) / tau) with E ~ Exp(1) at ratio 0.5, and its product with the codebook."""
+    io, tol, book = case.io, case.meta["tolerance"], tokenizer_of(case).codebook_VE.detach()
+    logits = io[f"ar_logits_cfg_{len(case.config['patch_nums']) - 1}"]
+    found = smooth_vectors(logits, -io["gumbel_exp_noise"].log(), 0.5, book)
+    assert_close(io["gumbel_y"] @ book, io["gumbel_h"], abs_tol=tol["fhat_atol"], what="product with the codebook")
+    assert_close(found, io["gumbel_h"], abs_tol=tol["fhat_atol"], what="smoothed vectors")
 
 
 @pytest.mark.parametrize("case", CODE_CASES, ids=str)

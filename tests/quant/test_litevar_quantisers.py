@@ -18,8 +18,10 @@ def test_quantisers_equal_the_official_ones(case):
         assert_close(weight, io[f"w_dq_{bits}"], abs_tol=tolerance, what=f"weight, {bits} bits")
         assert_close(x, io[f"x_dq_{bits}"], abs_tol=tolerance, what=f"tokens, {bits} bits")
         assert_close(F.linear(x, weight, io["qb"]), io[f"linear_{bits}"], abs_tol=tolerance, what=f"linear layer, {bits} bits")
-    assert_close(quantize_values(io["val"]), io["val_dq_8"], abs_tol=tolerance, what="values")
-    assert_close(quantize_map(io["map"]), io["map_dq_8"], abs_tol=tolerance, what="map")
+    for key in (key for key in io if key.startswith(("val_dq_", "map_dq_"))):
+        name, _, bits = key.split("_")
+        quantise = quantize_values if name == "val" else quantize_map
+        assert_close(quantise(io[name], int(bits)), io[key], abs_tol=tolerance, what=key)
 
 
 def test_the_largest_value_of_a_group_falls_one_step_short():

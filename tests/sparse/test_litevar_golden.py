@@ -13,31 +13,35 @@ pytestmark = pytest.mark.golden
 WINDOWS, MASKS = find_cases(kind="litevar_windows"), find_cases(kind="litevar_mask")
 
 
+def sides_of(case):
+    return tuple(case.meta.get("patch_nums", OFFICIAL_SIDES))
+
+
 def scales_of(case):
     return sorted(int(key.removeprefix("windows_")) for key in case.io if key.startswith("windows_"))
 
 
-def prefix(s):
-    return sum(side**2 for side in OFFICIAL_SIDES[: s + 1])
+def prefix(sides, s):
+    return sum(side**2 for side in sides[: s + 1])
 
 
 @pytest.mark.parametrize(("case", "s"), [(case, s) for case in WINDOWS for s in scales_of(case)], ids=str)
 def test_calibration_chooses_the_official_windows(case, s):
-    io, keys = case.io, windowed_keys(s)
-    q, k, v = io[f"q_{s}"].float(), io["k_all"][:, :, : prefix(s)].float(), io["v_all"][:, :, : prefix(s)].float()
+    io, keys, sides = case.io, windowed_keys(s), sides_of(case)
+    q, k, v = io[f"q_{s}"].float(), io["k_all"][:, :, : prefix(sides, s)].float(), io["v_all"][:, :, : prefix(sides, s)].float()
     attention = (q @ k.transpose(-1, -2)).softmax(-1)
-    histogram = MassHistogram(case.meta["heads"], OFFICIAL_SIDES, s, "1d")
+    histogram = MassHistogram(case.meta["heads"], sides, s, "1d")
     for rows in attention.split(1):
         histogram.add(rows)
     windows = histogram.choose(case.meta["threshold"])
     assert (windows[:, [u for u in range(s + 1) if u not in keys]] == DENSE).all()
 
-    counts = torch.tensor([[OFFICIAL_SIDES[u] ** 2] for u in keys])  # recorded where no candidate holds enough
+    counts = torch.tensor([[sides[u] ** 2] for u in keys])  # recorded where no candidate holds enough
     chosen = torch.from_numpy(windows[:, list(keys)].astype(np.int32)).T
     assert_same(torch.where(chosen == DENSE, counts, chosen), io[f"windows_{s}"], f"windows of scale {s}")
-    kept = [sum(kept_pairs(OFFICIAL_SIDES[s], OFFICIAL_SIDES[u], int(w), "1d") for w in windows[:, u]) for u in keys]
+    kept = [sum(kept_pairs(sides[s], sides[u], int(w), "1d") for w in windows[:, u]) for u in keys]
     assert_same(torch.tensor(kept), io[f"kept_{s}"], f"kept pairs of scale {s}")
-    out = calibration_output(attention, v, windows, OFFICIAL_SIDES, s)
+    out = calibration_output(attention, v, windows, sides, s)
     assert_close(out, io[f"out_{s}"], abs_tol=case.meta["tolerance"]["out_atol"], what=f"calibration output of scale {s}")
 
 
@@ -47,7 +51,7 @@ def test_inference_with_masks(case):
     windows = np.full((case.meta["heads"], s + 1), DENSE)
     for d, row in enumerate(io["windows"].numpy()):
         windows[:, s - d] = row
-    kept = scale_mask(windows, OFFICIAL_SIDES, s, "1d")
+    kept = scale_mask(windows, sides_of(case), s, "1d")
     assert_same(kept, io["mask_allowed"].bool(), "mask")
 
     q, k, v, half = io["q"], io["k"], io["v"], len(io["q"]) // 2
