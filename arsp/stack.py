@@ -18,7 +18,14 @@ from torch import Tensor
 
 from arsp.config import StrictModel
 from arsp.decode.baselines import MarginalGenerator, SkipGenerator, class_frequencies, parse_baseline
-from arsp.decode.few_step import FewStep, StudentGenerator, TeacherLoopGenerator, parse_teacher_range, step_counts
+from arsp.decode.few_step import (
+    FewStep,
+    OfficialPrefixPolicy,
+    StudentGenerator,
+    TeacherLoopGenerator,
+    parse_teacher_range,
+    step_counts,
+)
 from arsp.decode.filters import LogitsPipeline
 from arsp.decode.guidance import Guidance, RampGuidance
 from arsp.decode.schedule import ScaleRow, ScaleStep, describe_rows, load_schedule, parse_collab
@@ -53,6 +60,9 @@ class StackConfig(StrictModel):
         None, ge=-1, description="codes before it come from the logits head, vectors behind from the other (-1: all codes)"
     )
     teacher_range: str | None = Field(None, description="N-M: the teacher regenerates codes N..M-1 (1-based) between two student passes")
+    compat_official_prefix: bool = Field(
+        False, description="with teacher_range: the prefix enters a VAR teacher without mask, as in the released script"
+    )
     baseline: str | None = Field(None, description="naive, mode or skip-N instead of the sampler")
     random_weights: bool = Field(False, description="no checkpoint: cost only, the images are noise")
     collab: str | None = Field(None, description="BIG:SMALL@N: the big model makes the first N scales (next-scale models)")
@@ -195,7 +205,10 @@ def check(config: StackConfig) -> ModelSource:
         raise ConfigError(f"{config.model} is of kind '{source.kind}', it generates nothing.", "See: arsp models ls")
     if source.kind == "student" and source.origin == "file" and config.tokenizer is None:
         raise InputError(f"{source.name} is a student: it needs the codebook of its tokenizer.", "Give --tokenizer FILE.")
-    only_student = {"--student-steps": config.student_steps, "--split": config.split, "--teacher-range": config.teacher_range}
+    only_student = {
+        "--student-steps": config.student_steps, "--split": config.split, "--teacher-range": config.teacher_range,
+        "--compat-official-prefix": config.compat_official_prefix or None,
+    }  # fmt: skip
     wanted = next_scale_options(config)
     if wanted and (source.layout.is_raster or source.kind != "teacher"):
         raise ConfigError(f"{', '.join(wanted)}: needs a next-scale teacher, {source.name} is none.", "Use --model var.")
@@ -241,9 +254,15 @@ def check(config: StackConfig) -> ModelSource:
                 "Drop it, or add --teacher-range N-M.",
             )
         FewStep(step_counts(config.student_steps or 1, source.card["known"][1:]), _split(config)).check(source.layout)
+        first = 0
         if config.teacher_range:
-            parse_teacher_range(config.teacher_range, source.layout)
+            first, _ = parse_teacher_range(config.teacher_range, source.layout)
             _teacher_source(source)
+        if config.compat_official_prefix and (source.layout.is_raster or first == 0):
+            raise ConfigError(
+                "--compat-official-prefix: no scales are handed to a teacher here.",
+                "It takes a student of a VAR and --teacher-range N-M with N above 1.",
+            )
     guidance, _ = sampling_rule(source, config)
     if config.share and not guidance.active:
         raise ConfigError("--share: without guidance there are no halves to share.", "Drop it, or give --cfg above 0.")
@@ -320,10 +339,10 @@ def build(
         name = f"{source.label} {config.student_steps or 1}-step"
         if config.teacher_range:
             first, stop = parse_teacher_range(config.teacher_range, source.layout)
-            generator, name = (
-                TeacherLoopGenerator(generator, teacher.decoder(guidance), pipeline, first, stop),
-                f"{source.label} pre-trained-{config.teacher_range}",
-            )
+            official = ScaleStep(teacher.module, policy=OfficialPrefixPolicy())
+            decoder = teacher.decoder(guidance, [official] * len(source.layout.blocks) if config.compat_official_prefix else None)
+            generator = TeacherLoopGenerator(generator, decoder, pipeline, first, stop)
+            name = f"{source.label} pre-trained-{config.teacher_range}" + " (official prefix)" * config.compat_official_prefix
     else:
         if next_scale_options(config):
             rows = schedule_rows(config, source)

@@ -101,6 +101,9 @@ def sample(
     teacher_range: Annotated[
         Optional[str], typer.Option(help="N-M: the teacher regenerates codes N..M-1 between two student passes")
     ] = None,
+    compat_official_prefix: Annotated[
+        bool, typer.Option("--compat-official-prefix", help="A VAR teacher reads the prefix of --teacher-range without mask, as released")
+    ] = False,
     baseline: Annotated[Optional[str], typer.Option(help="Control instead of the sampler: naive, mode or skip-N")] = None,
     image_size: Annotated[Optional[int], typer.Option(help="Bicubic resize before uint8 (384 px models are evaluated at 256)")] = None,
     collab: Annotated[
@@ -133,6 +136,7 @@ def sample(
         student_steps=student_steps,
         split=split,
         teacher_range=teacher_range,
+        compat_official_prefix=compat_official_prefix or None,
         baseline=baseline,
         image_size=image_size,
         collab=collab,
