@@ -271,8 +271,12 @@ def _var_teacher(config: VARTeacherTraining, directory: Path, stage: Callable, l
     tokenizer = _tokenizer_of(config.tokenizer, "var")
     sides = tokenizer.config.patch_nums
     scales = parse_scales(config.scales, len(sides)) if config.scales else range(len(sides))
-    if config.short and not scales.start < config.short_scales <= scales.stop:
-        config = config.model_copy(update={"short": 0.0})  # the short sequence would hold nothing that is trained
+    if config.short and not scales.start < config.short_scales < scales.stop:
+        said = f"short_scales {config.short_scales}: no part of the trained scales {scales.start}-{scales.stop - 1}"
+        if config.short_scales != VARTeacherTraining.model_fields["short_scales"].default:
+            raise ConfigError(f"{said}.", f"Give a number above {scales.start} and below {scales.stop}, or short=0.")
+        log(f"{said}, so no update is short")
+        config = config.model_copy(update={"short": 0.0})
     if config.init and config.var != VARSection():
         raise ConfigError("var.*: the sizes are those of --init.", "Drop one of the two.")
     start, expert = (name and _same_scales(name, tokenizer) for name in (config.init, config.expert))

@@ -114,12 +114,12 @@ class TokenizerTask(Task):
 class ScaleTokenizerTask(TokenizerTask):
     """The multi-scale tokenizer of VAR (arXiv 2404.02905): the quantiser's losses are means over the running sums of all scales.
 
-    A VAR draws the codes of a scale independently, so what they must agree on has to stand in a coarser scale. Three things see to
-    it. A helper network, dropped after training, paints a thumbnail from what the first scale quantises, with noise; a second one reads every
-    cell's own place from the encoder's features, because an average can only tell where a thing is if its cells know. ``truncate`` is
-    the share of the rows decoded from their first k scales only. And the gradient passes through the averaging of every scale,
-    skipping only the rounding to codes. A few times the codebook is fitted anew by k-means: ``first_share`` of it to the first scale,
-    the rest evenly.
+    A VAR draws the codes of a scale independently, so what they must agree on has to stand in a coarser scale. Three things see to it.
+    A helper network, dropped after training, paints a thumbnail from what the first scale quantises, with noise; a second one reads
+    every cell's own place from the encoder's features, because an average can only tell where a thing is if its cells know.
+    ``truncate`` is the share of the rows decoded from their first k scales only. And the gradient passes through the averaging of every
+    scale, skipping only the rounding to codes. A few times the codebook is fitted anew by k-means: ``first_share`` of it to the first
+    scale, the rest evenly.
     """
 
     refits = (0.02, 0.1, 0.25, 0.45, 0.6, 0.75)  # at these parts of the training
@@ -162,7 +162,8 @@ class ScaleTokenizerTask(TokenizerTask):
         cut = torch.rand(batch_size, generator=generator) < self.truncate
         last = torch.where(cut, torch.randint(len(maps) - 1, (batch_size,), generator=generator), last)
         error = self.trained.decode_map(torch.stack(sums)[last, torch.arange(batch_size)]).float() - pixels
-        first = first + 0.1 * first.std(dim=(0, 1), keepdim=True).detach() * torch.randn(first.shape, generator=generator).to(first)
+        spread = first.std(dim=(0, 1), correction=0, keepdim=True).detach()
+        first = first + 0.1 * spread * torch.randn(first.shape, generator=generator).to(first)
         thumbnail = F.mse_loss(self.painter(first.flatten(1)), F.adaptive_avg_pool2d(pixels, self.side).flatten(1))
         l1, mse = error.abs().mean(), error.square().mean()
         loss = l1 + 2 * mse + quantiser + 4 * thumbnail + place

@@ -167,6 +167,8 @@ def test_the_family_follows_the_tokenizer_or_the_start(place):
         (["teacher", "--tokenizer", "tok", "expert=four"], 3, "four knows 4 classes"),
         (["teacher", "--tokenizer", "tok", "var.embed_dim=15"], 3, "not divisible"),
         (["teacher", "--tokenizer", "tok", "short=1.5"], 3, "short"),
+        (["teacher", "--tokenizer", "tok", "short_scales=3"], 3, "short_scales 3: no part of the trained scales 0-2"),
+        (["teacher", "--tokenizer", "tok", "--scales", "1-2", "short_scales=1"], 3, "above 1 and below 3"),
         (["tokenizer", "--family", "var"], 3, "make 32 px"),
         (["tokenizer", "--family", "var", *VQ, "vq.patch_nums=[1,4,2]"], 3, "rising"),
         (["tokenizer", "--family", "var", *VQ, "vq.vocab_size=2"], 3, "vq.first_share"),
@@ -179,6 +181,12 @@ def test_bad_options_end_in_their_exit_code(place, words, code, said):
     tiny_var.teacher_bundle(place / "four", replace(tiny_var.CONFIG, num_classes=4))
     refused(invoke("train", *words, "--data", "photos", "--steps", 2), code, said)
     assert not list((place / "runs").glob("*/checkpoints"))
+
+
+def test_short_updates_that_the_model_has_no_scales_for_are_left_out_aloud(place):
+    result = teacher("var", "optim.steps=1")
+    assert record_of(result) and "short_scales 4: no part of the trained scales 0-2, so no update is short" in result.stderr
+    assert "short_scales" not in teacher("other", "optim.steps=1", "short_scales=2").stderr
 
 
 def test_a_folder_with_fewer_images_than_codes_trains_a_tokenizer(place):
