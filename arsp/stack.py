@@ -34,6 +34,7 @@ from arsp.errors import ConfigError, InputError
 from arsp.protocols import Generation, Generator, Request
 from arsp.registry import Registry
 from arsp.rng import keyed_labels
+from arsp.tokenizers.fast_decode import PixelDecoder, prepare_decoder
 from arsp.tokenizers.pixels import resize_for_evaluation, to_uint8
 from arsp.zoo.load import LoadedModel, ModelSource, cache_root, load_model, resolve
 from arsp.zoo.steps import check_steps, load_steps, parts_of
@@ -73,6 +74,10 @@ class StackConfig(StrictModel):
     share: Literal["map"] | None = Field(None, description="guidance halves share the attention maps at every scale")
     more_smooth: bool = Field(False, description="Gumbel-smoothed vectors instead of codes (next-scale; pictures, never metrics)")
     image_size: int | None = Field(None, ge=1, description="bicubic resize of the decoder's output before uint8")
+    decoder_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the tokenizer's decoder")
+    decoder_channels_last: bool | None = Field(None, description="its memory layout (default: where it is faster)")
+    decoder_chunk: int | None = Field(None, ge=1, description="images it decodes at a time (default: half a million pixels)")
+    decoder_compile: bool = Field(False, description="run it through torch.compile")
 
     @model_validator(mode="before")
     @classmethod
@@ -92,6 +97,7 @@ class Stack:
     device: torch.device
     pipeline: LogitsPipeline
     guidance: Guidance | RampGuidance
+    decoder: PixelDecoder | None = None
     rows: list[ScaleRow] = field(default_factory=list)
     steps: list[ScaleStep] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=dict)
@@ -114,18 +120,17 @@ class Stack:
         self.stats = dict(generation.stats)
         return images
 
-    def require_tokenizer(self) -> Any:
-        """The tokenizer; InputError where an official file came without one."""
-        if self.model.tokenizer is None:
+    def require_decoder(self) -> PixelDecoder:
+        """The tokenizer's decoder as configured; InputError where an official file came without a tokenizer."""
+        if self.decoder is None:
             raise InputError(f"{self.model.name} has no tokenizer to decode its codes.", "Give --tokenizer FILE.")
-        return self.model.tokenizer
+        return self.decoder
 
     @torch.inference_mode()
     def decode(self, generation: Generation) -> Tensor:
         """uint8 images of codes, or of continuous vectors where the generation has them."""
-        vq = self.require_tokenizer()
-        codes = generation.codes_BL
-        pixels = vq.decode_codes(codes) if generation.embeddings_BLE is None else vq.decode_embeddings(generation.embeddings_BLE)
+        decoder, codes, vectors_BLE = self.require_decoder(), generation.codes_BL, generation.embeddings_BLE
+        pixels = decoder.decode_codes(codes) if vectors_BLE is None else decoder.decode_embeddings(vectors_BLE)
         if self.config.image_size is not None and self.config.image_size != pixels.shape[-1]:
             pixels = resize_for_evaluation(pixels, self.config.image_size)
         return to_uint8(pixels).cpu()
@@ -157,6 +162,7 @@ class Stack:
             "rng": self.config.rng,
             "num_tokens": source.layout.num_tokens,
             "grid": list(source.layout.grid),
+            **({"decoder": changed} if (changed := decoder_options(self.config)) else {}),
             **(
                 {
                     "schedule": describe_rows(self.rows, self.sides, str(self.model.dtype), source.name),
@@ -278,6 +284,12 @@ def next_scale_options(config: StackConfig) -> list[str]:
     return [option for option, value in given.items() if value]
 
 
+def decoder_options(config: StackConfig) -> dict[str, Any]:
+    """Settings of the tokenizer's decoder that are not the default: keyword arguments of ``prepare_decoder``."""
+    given = {name: getattr(config, f"decoder_{name}") for name in ("dtype", "channels_last", "chunk", "compile")}
+    return {name: value for name, value in given.items() if value != StackConfig.model_fields[f"decoder_{name}"].default}
+
+
 def schedule_plan(config: StackConfig, source: ModelSource, dtype: str) -> dict[str, Any]:
     """The schedule as ``--dry-run`` prints it: one row a scale; nothing for raster models and students."""
     if source.layout.is_raster or source.kind != "teacher":
@@ -354,10 +366,16 @@ def build(
             if not config.baseline
             else (_baseline(config, model, decoder, pipeline, ar, log), f"{source.label} {config.baseline}")
         )
+    pixel_decoder = None if model.tokenizer is None else prepare_decoder(model.tokenizer, **decoder_options(config))
     if rows:
         smooth = "more-smooth" if config.more_smooth else None
         name = " + ".join([name, *(part for part in (config.collab, config.schedule, config.share, *config.apply, smooth) if part)])
-    return Stack(config, name, model, generator, torch.device(device), pipeline, guidance, rows, steps)
+    if config.decoder_dtype != "float32":
+        name = f"{name} + {config.decoder_dtype} decoder"
+    stack = Stack(config, name, model, generator, torch.device(device), pipeline, guidance, pixel_decoder, rows, steps)
+    if decoder_options(config):
+        stack.require_decoder()
+    return stack
 
 
 def sampling_rule(
@@ -443,7 +461,7 @@ def sample_images(
 ) -> tuple[Tensor, list[int] | None, dict[str, Any], dict[str, Any]]:
     """``num`` uint8 images of a model, their labels, and the ``stack`` and ``cost`` blocks of a record. ``options``: StackConfig."""
     stack = build(StackConfig(model=model, **options), device, dtype, log)
-    stack.require_tokenizer()
+    stack.require_decoder()
     labels, parts = labels_for(stack, num, seed, classes), []
     for ids, images in stack.batches(num, seed, labels, batch_size or DEFAULT_BATCH):
         parts.append(images)

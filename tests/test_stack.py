@@ -338,3 +338,65 @@ def test_weights_of_every_model_of_a_schedule_count(scales):
     )
     small = sum(parameter.numel() for parameter in load.load_model(scales["small"]).module.parameters())
     assert both.cost()["weight_bytes"] == alone.cost()["weight_bytes"] + 4 * small
+
+
+# -- the tokenizer's decoder -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["teacher", "big"])
+def of_each_family(request, models, scales):
+    """A tiny teacher of LlamaGen, then one of VAR."""
+    return {**models, **scales}[request.param]
+
+
+def decoded(name, **options):
+    stack = stacks.build(StackConfig(model=name, **options))
+    labels = stacks.labels_for(stack, 5, 0, None)
+    return stack, stack.images(stack.request(torch.arange(5), 0, labels)).int()
+
+
+def test_default_images_are_those_of_the_tokenizer_within_one_level(of_each_family, one_thread):
+    stack, images = decoded(of_each_family)
+    codes = stack.generator.generate(stack.request(torch.arange(5), 0, stacks.labels_for(stack, 5, 0, None))).codes_BL
+    with torch.inference_mode():
+        plain = stacks.to_uint8(load.load_model(of_each_family).tokenizer.decode_codes(codes)).int()
+    assert (images - plain).abs().max() <= 1
+    assert "decoder" not in stack.describe() and "decoder" not in stack.name
+
+
+@pytest.mark.parametrize(
+    ("options", "levels"),
+    [
+        ({"decoder_dtype": "bfloat16"}, 6),
+        ({"decoder_dtype": "float16"}, 3),
+        ({"decoder_chunk": 2}, 1),
+        ({"decoder_channels_last": False}, 1),
+        ({"decoder_channels_last": True, "decoder_chunk": 3}, 1),
+    ],
+)
+def test_another_decoder_makes_the_same_pictures_and_the_record_names_it(of_each_family, one_thread, options, levels):
+    _, plain = decoded(of_each_family)
+    stack, images = decoded(of_each_family, **options)
+    assert (images - plain).abs().max() <= levels, f"pixels differ by {(images - plain).abs().max()} levels"
+    assert stack.describe()["decoder"] == {name.removeprefix("decoder_"): value for name, value in options.items()}
+    assert (f" + {options.get('decoder_dtype')} decoder" in stack.name) == ("decoder_dtype" in options)
+    assert all(parameter.dtype == torch.float32 for parameter in stack.model.tokenizer.parameters()), "f_hat needs the tokenizer as it was"
+
+
+def test_a_16_bit_decoder_is_seen_in_the_pixels(of_each_family, one_thread):
+    assert (decoded(of_each_family)[1] != decoded(of_each_family, decoder_dtype="bfloat16")[1]).any()
+
+
+@pytest.mark.parametrize("wrong", [{"decoder_dtype": "int8"}, {"decoder_chunk": 0}, {"decoder_compile": "maybe"}])
+def test_impossible_decoders_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        StackConfig(**wrong)
+
+
+def test_a_decoder_needs_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setitem(convert._HEADS, (1, 16), 2)
+    torch.save({"model": tiny_models.gpt_model().state_dict()}, tmp_path / "c2i_256.pt")
+    plain = stacks.build(StackConfig(model=str(tmp_path / "c2i_256.pt")))
+    assert plain.decoder is None, "codes alone can be made"
+    with pytest.raises(InputError, match="no tokenizer to decode"):
+        stacks.build(StackConfig(model=str(tmp_path / "c2i_256.pt"), decoder_dtype="bfloat16"))

@@ -11,6 +11,7 @@ import torch
 from arsp.bench import cost, cost_var, official, official_var
 from arsp.bench.parts import OFFICIAL, Entry, ours
 from arsp.bench.timing import Timing, Work
+from arsp.decode.schedule import plain_steps
 from arsp.errors import ConfigError
 from arsp.models.llamagen import GPT
 from arsp.models.var import VAR
@@ -31,7 +32,7 @@ class Contender:
     batch_size: int
     stack: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
-    stats: Callable[[], dict[str, float]] = dict
+    stats: Callable[[], dict[str, Any]] = dict
     parts: Sequence[Entry] = ()
 
     def measured(self, timing: Timing) -> dict[str, Any]:
@@ -43,40 +44,52 @@ class Contender:
         rate = self.num / (timing.median_ms / 1e3)
         return {
             "simulated": bool(stats.get("simulated")),
+            **{key: stats[key] for key in ("attention",) if key in stats},
             "kv_bytes": stats.get("kv_bytes"),
             **self.cost,
+            **self.tail(stats),
             **known,
             "latency_ms": latency,
             "images_per_s": rate,
             "peak_mem_bytes": timing.peak_mem_bytes,
         }
 
+    def tail(self, stats: dict[str, Any]) -> dict[str, Any]:
+        """What the scales behind the last hand-over hold: weights of their model and its cache at its largest."""
+        weights, cache = self.cost.get("last_weight_bytes"), stats.get("last_kv_bytes")
+        return {} if weights is None else {"last_kv_bytes": cache, "last_bytes": weights + cache}
+
 
 def stack_contender(name: str, stack: Stack, *, num: int, batch_size: int, seed: int, decode: bool) -> Contender:
     """Times ``stack``: its codes, and their images where ``decode`` is set."""
     labels = labels_for(stack, num, seed, None)
-    stats: dict[str, float] = {}
+    stats: dict[str, Any] = {}
 
     @torch.inference_mode()
     def work() -> None:
         for ids in torch.arange(num).split(batch_size):
             generation = stack.generator.generate(stack.request(ids, seed, None if labels is None else labels[ids]))
             stats.update(generation.stats, simulated=any(step.policy.simulated for step in stack.steps))
+            if reports := stack.attention_reports():
+                stats["attention"] = reports
             if decode:
                 stack.decode(generation)
             check_stop()
 
     known = known_cost(stack, min(num, batch_size), decode)
     parts = ours([step.policy for step in stack.steps]) if isinstance(stack.model.module, VAR) and stack.config.baseline is None else ()
-    return Contender(name, work, num, batch_size, stack.describe(), known, lambda: stats, parts)
+    described = {**stack.describe(), "dtype": str(stack.model.dtype).removeprefix("torch.")}
+    return Contender(name, work, num, batch_size, described, known, lambda: stats, parts)
 
 
 def known_cost(stack: Stack, batch_size: int, decode: bool) -> dict[str, Any]:
-    """Weight bytes; for a plain AR teacher also the MACs of an image (of a VAR by part, its tokenizer's decoder with ``decode``), and
-    of a GPT the cache bytes of its last pass (exactly the valid slots)."""
+    """Weight bytes, those of the last model of a schedule on their own; for an AR teacher also the MACs of an image (of a VAR by part,
+    its tokenizer's decoder with ``decode``), and of a GPT the cache bytes of its last pass (exactly the valid slots)."""
     block: dict[str, Any] = {"weight_bytes": weight_bytes(stack.modules())}
     module = stack.model.module
-    if stack.config.baseline is not None or stack.config.sampler != "ar" or stack.rows:
+    if len({step.owner for step in stack.steps}) > 1:
+        block["last_weight_bytes"] = weight_bytes([stack.steps[-1].model])
+    if stack.config.baseline is not None or stack.config.sampler != "ar":
         return block
     if isinstance(module, GPT):
         config, halves, dtype = module.config, 2 if stack.guidance.active else 1, module.output.weight.dtype
@@ -86,7 +99,8 @@ def known_cost(stack: Stack, batch_size: int, decode: bool) -> dict[str, Any]:
             block["macs"] = cost.decode_macs(config, rows=halves)
             block["moved_bytes_per_batch"] = cost.decode_bytes(config, rows=halves * batch_size, dtype=dtype)
     elif isinstance(module, VAR):
-        block |= _var_macs(stack, decode, guidance=stack.guidance.active)
+        steps = stack.steps or plain_steps(module)
+        block |= _var_macs(stack, decode, cost_var.count_steps(steps, guidance=stack.guidance.active))
     return block
 
 
@@ -94,9 +108,8 @@ def weight_bytes(modules: Sequence[torch.nn.Module]) -> int:
     return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
-def _var_macs(stack: Stack, decode: bool, **how: bool) -> dict[str, Any]:
-    parts = cost_var.count_parts(stack.model.module.config, **how)
-    parts += cost_var.tokenizer_parts(stack.model.tokenizer.config) if decode else []
+def _var_macs(stack: Stack, decode: bool, parts: list[cost_var.Part]) -> dict[str, Any]:
+    parts = parts + (cost_var.tokenizer_parts(stack.model.tokenizer.config) if decode else [])
     return {"macs": cost_var.total_macs(parts), "macs_by_part": cost_var.describe(parts)}
 
 
@@ -150,9 +163,9 @@ def _eager_var(stack: Stack, *, num: int, batch_size: int, seed: int, decode: bo
     known = {
         "weight_bytes": weight_bytes([model]),
         "kv_bytes": official_var.cache_bytes(model, min(num, batch_size)),
-        **_var_macs(stack, decode, guidance=True, adaln_per_scale=True),
+        **_var_macs(stack, decode, cost_var.count_parts(model.config, guidance=True, adaln_per_scale=True)),
     }
-    described = {key: value for key, value in stack.describe().items() if key != "schedule"}
+    described = {key: value for key, value in stack.describe().items() if key not in ("schedule", "parts", "decoder")}
     described |= {"name": EAGER, "sampler": "official-eager", "rng": "torch", "dtype": "float32"}
     passes = model.config.num_scales
     stats = {"passes": passes, "tokens_per_pass": model.config.num_tokens / passes}

@@ -9,20 +9,23 @@ C width, D layers, V codes, E codebook width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from arsp.decode.schedule import SHARES
 from arsp.errors import ConfigError
 from arsp.sparse.window import dense_pairs
 
 if TYPE_CHECKING:
+    from arsp.decode.schedule import ScaleStep
     from arsp.models.var import VARConfig
     from arsp.tokenizers.var_vqvae import VQVAEConfig
 
 NONE, MAP, OUTPUT = 0, 1, 2  # sharing between the guidance halves, as profiles store it
+ADALN = ("ada_lin", "head ada_lin")  # parts that are computed once an image
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,29 @@ def count_parts(
         Part("fc2", rows * L * C * hidden * D, "R L 4 C^2 D"),
         Part("head", rows * logits * C * V, "R L C V"),
     ]
+
+
+def count_steps(steps: Sequence[ScaleStep], *, guidance: bool = True) -> list[Part]:
+    """The same for a schedule: every scale by the model, depth, windows, sharing and guidance of its step; a model that takes over reads
+    the scales before its own without their logits."""
+    found: dict[str, Part] = {}
+    for owner in dict.fromkeys(step.owner for step in steps):
+        own = [k for k, step in enumerate(steps) if step.owner == owner]
+        first = steps[own[0]]
+        parts = count_parts(first.model.config, guidance=guidance and first.guided, scales=range(1))
+        parts = [part for part in parts if part.name in ADALN]
+        for k in range(own[-1] + 1):
+            step = steps[max(k, own[0])]
+            config = replace(step.model.config, depth=step.depth or step.model.config.depth)
+            share_DK = np.array([[SHARES.index(step.share(layer, s)) for s in range(len(steps))] for layer in range(config.depth)])
+            pairs_DK = step.policy.executed_pairs() if hasattr(step.policy, "executed_pairs") else dense_savings(step.model.config).pairs_DK
+            left = Savings(pairs_DK[: config.depth], share_DK)
+            more = count_parts(config, left, guidance=guidance and step.guided, scales=range(k, k + 1), head_from=own[0])
+            parts += [part for part in more if part.name not in ADALN]
+        for part in parts:
+            before = found.get(part.name, replace(part, macs=0))
+            found[part.name] = replace(before, macs=before.macs + part.macs)
+    return list(found.values())
 
 
 def total_macs(parts: Sequence[Part]) -> int:

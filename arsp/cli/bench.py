@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 import typer
 from pydantic import Field
 
-from arsp.cli.options import CommandContext, command, make_table
+from arsp.cli.options import DTYPES, CommandContext, command, make_table
 from arsp.config import StrictModel
-from arsp.errors import ConfigError, UsageError
+from arsp.errors import ConfigError, UsageError, nearest
 
 if TYPE_CHECKING:
     from arsp.bench.compare import Contender
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class BenchConfig(StrictModel):
     """What ``arsp bench`` measures and how often."""
 
-    stacks: list[str] = Field(default=["llamagen"], min_length=1, description="NAME[,key=value...]: a model and StackConfig values")
+    stacks: list[str] = Field(default=["llamagen"], min_length=1, description="NAME[,key=value...]: a model, StackConfig values, dtype")
     compare: bool = Field(False, description="interleave the stacks in one process and give ratios to the first")
     baseline: Literal["eager"] | None = Field(None, description="eager: the first stack's weights in a plain loop of the official kind")
     random_weights: bool = Field(False, description="no checkpoints; codes only where there is no tokenizer")
@@ -41,7 +41,8 @@ class BenchConfig(StrictModel):
         "arsp bench",
         "arsp bench --compare llamagen llamagen-dd1 llamagen-dd1,student_steps=2 --batch-size 32",
         "arsp bench llamagen-b-256 --random-weights --baseline eager --threads 2",
-        "arsp bench var-d16 --random-weights --baseline eager --parts --dtype bfloat16 --threads 2",
+        "arsp bench var-d16,dtype=bfloat16,decoder_dtype=bfloat16 --random-weights --baseline eager --parts --threads 2",
+        "arsp bench --compare var-d16 var-d16,apply=litevar=r1 var-d16,share=map --random-weights",
         "arsp bench --compare llamagen llamagen-dd1 --json --fail-if 'speedup<2'",
     ],
     shared=("device", "dtype", "batch_size", "seed", "threads", "kernels", "config", "out", "fail_if", "print_config"),
@@ -50,7 +51,8 @@ class BenchConfig(StrictModel):
 def bench(
     ctx: CommandContext,
     stacks: Annotated[
-        Optional[list[str]], typer.Argument(metavar="[STACK]...", help="NAME or NAME,key=value,... e.g. llamagen,cfg=2 (default: llamagen)")
+        Optional[list[str]],
+        typer.Argument(metavar="[STACK]...", help="NAME or NAME,key=value,... e.g. llamagen,cfg=2,dtype=bfloat16 (default: llamagen)"),
     ] = None,
     model: Annotated[Optional[list[str]], typer.Option(help="A stack, like the argument; may be repeated")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Interleave all stacks and print ratios to the first")] = False,
@@ -76,16 +78,18 @@ def bench(
         raise UsageError("--compare needs two stacks or more.", "For example: arsp bench --compare llamagen llamagen-dd1")
     from arsp import stack as stack_module
 
-    recipes = [parse_stack(text, config.random_weights) for text in config.stacks]
-    for recipe in recipes:
+    recipes = [parse_stack(text, config.random_weights, config.dtype) for text in config.stacks]
+    for recipe, _ in recipes:
         stack_module.check(recipe)
-    ctx.plan({**config.model_dump(), "stacks": [recipe.model_dump(exclude_none=True) for recipe in recipes]})
+    stacks_plan = [{**recipe.model_dump(exclude_none=True), "dtype": dtype} for recipe, dtype in recipes]
+    ctx.plan({**config.model_dump(), "stacks": stacks_plan})
     record = run_bench(ctx, config, recipes)
     ctx.emit(record, bench_table(record))
 
 
-def parse_stack(text: str, random_weights: bool) -> Any:
-    """``NAME[,key=value...]`` -> StackConfig. UsageError: a part that is not ``key=value``; ConfigError: an unknown key."""
+def parse_stack(text: str, random_weights: bool, dtype: str) -> tuple[Any, str]:
+    """``NAME[,key=value...]`` -> StackConfig and computation type (``dtype`` unless a part says otherwise). UsageError: a part that is
+    not ``key=value``, an unknown type; ConfigError: an unknown key."""
     import yaml
 
     from arsp.config import resolve_config
@@ -98,10 +102,13 @@ def parse_stack(text: str, random_weights: bool) -> Any:
         if not equals or not key:
             raise UsageError(f"stack '{text}': '{part}' is not key=value.", "Write for example llamagen,cfg=2,top_p=0.9")
         named[key] = yaml.safe_load(value)
-    return resolve_config(StackConfig, files=[], named=named, overrides=[])
+    dtype = named.pop("dtype", dtype)
+    if dtype not in DTYPES:
+        raise UsageError(f"stack '{text}': unknown dtype '{dtype}'.", nearest(str(dtype), DTYPES))
+    return resolve_config(StackConfig, files=[], named=named, overrides=[]), dtype
 
 
-def run_bench(ctx: CommandContext, config: BenchConfig, recipes: list[Any]) -> dict[str, Any]:
+def run_bench(ctx: CommandContext, config: BenchConfig, recipes: list[tuple[Any, str]]) -> dict[str, Any]:
     """Load, measure, and complete the record."""
     from arsp.bench import timing
     from arsp.bench.parts import measure_parts
@@ -109,7 +116,7 @@ def run_bench(ctx: CommandContext, config: BenchConfig, recipes: list[Any]) -> d
 
     device = ctx.setup_torch()
     contenders = load(ctx, config, recipes, device)
-    with Run.open("bench", recipes[0].model, config, ctx.opts.out, resume=False) as run, stop_signals():  # a timing is never reused
+    with Run.open("bench", recipes[0][0].model, config, ctx.opts.out, resume=False) as run, stop_signals():  # a timing is never reused
         run.record["environment"]["device"] = str(device)
         together = config.compare or config.baseline is not None
         groups = [contenders] if together else [[contender] for contender in contenders]
@@ -126,20 +133,28 @@ def run_bench(ctx: CommandContext, config: BenchConfig, recipes: list[Any]) -> d
     return run.record
 
 
-def load(ctx: CommandContext, config: BenchConfig, recipes: list[Any], device: Any) -> list[Contender]:
-    """The contenders in order; the baseline first, because ratios are to the first."""
+def load(ctx: CommandContext, config: BenchConfig, recipes: list[tuple[Any, str]], device: Any) -> list[Contender]:
+    """The contenders in order; the baseline first, because ratios are to the first. ConfigError: a setting of the tokenizer's decoder
+    where it does not run."""
+    import torch
+
     from arsp.bench.compare import eager_contender, stack_contender
-    from arsp.stack import build
+    from arsp.stack import build, decoder_options
 
     num = config.num or config.batch_size
     contenders: list[Contender] = []
     built = []
-    for text, recipe in zip(config.stacks, recipes, strict=True):
-        stack = build(recipe, device, ctx.torch_dtype(), ctx.log)
+    for text, (recipe, dtype) in zip(config.stacks, recipes, strict=True):
+        stack = build(recipe, device, getattr(torch, dtype), ctx.log)
         if stack.model.source.origin == "embedded":
             ctx.log(f"{stack.model.name}: embedded tiny model ({stack.model.source.card['about']})")
         codes_only = config.baseline is not None and stack.model.source.layout.is_raster
         decode = config.decode and not codes_only and stack.model.tokenizer is not None
+        if decoder_options(recipe) and not decode:
+            settings = ", ".join(f"decoder_{name}" for name in decoder_options(recipe))
+            raise ConfigError(
+                f"{settings}: no effect on {text}, of which only codes are made here.", "Drop them, --no-decode or --baseline."
+            )
         if config.decode and not decode:
             ctx.log(f"{stack.name}: codes only, without decoding to pixels")
         name = unused(text if "," in text else stack.name, [other.name for other in contenders])
@@ -171,7 +186,7 @@ def fill_record(run: Any, config: BenchConfig, contenders: list[Contender], timi
     for contender in contenders:
         timing = timings[contender.name]
         block = contender.measured(timing)
-        if "moved_bytes_per_batch" in block and config.dtype == "float32":
+        if "moved_bytes_per_batch" in block and contender.stack["dtype"] == "float32":
             block["ceiling_ms"] = 1e3 * roof.seconds(block["moved_bytes_per_batch"], block["macs"] * min(contender.num, config.batch_size))
         entries.append({"name": contender.name, "stack": contender.stack, "cost": block, "seconds": list(timing.seconds)})
         run.add_metric("latency_ms", block["latency_ms"]["p50"], n=config.repeats, protocol=protocol, stack=contender.name)
@@ -197,6 +212,8 @@ def bench_table(record: dict[str, Any]) -> Any:
 
     ratios = {metric["stack"]: metric for metric in record["metrics"] if metric["name"] == "speedup"}
     columns = ["stack", "p50 ms", "p95 ms", "images/s", "passes", "peak MB", "weights MB", "cache MB", "ceiling ms"]
+    columns += ["attention run, %"] if any("attention" in entry["cost"] for entry in record["stacks"]) else []
+    columns += ["behind hand-over MB"] if any("last_bytes" in entry["cost"] for entry in record["stacks"]) else []
     columns += ["speed-up to the first"] if ratios else []
     rows = []
     for entry in record["stacks"]:
@@ -204,6 +221,10 @@ def bench_table(record: dict[str, Any]) -> Any:
         megabytes = [None if cost.get(key) is None else cost[key] / 1e6 for key in ("peak_mem_bytes", "weight_bytes", "kv_bytes")]
         row = [entry["name"], cost["latency_ms"]["p50"], cost["latency_ms"]["p95"], cost["images_per_s"], cost.get("passes"), *megabytes]
         row += [cost.get("ceiling_ms")]
+        if "attention run, %" in columns:
+            row += [100 * attention_run(cost)]
+        if "behind hand-over MB" in columns:
+            row += [cost["last_bytes"] / 1e6 if "last_bytes" in cost else None]
         if ratios:
             row += [f"{ratio['value']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "1"]
         rows.append(row)
@@ -212,6 +233,12 @@ def bench_table(record: dict[str, Any]) -> Any:
     title = f"{where}, {environment['threads']} threads, {config['dtype']}, batch {config['batch_size']}"
     table = make_table(title, columns, rows)
     return Group(table, parts_table(record["parts"])) if "parts" in record else table
+
+
+def attention_run(cost: dict[str, Any]) -> float:
+    """Share of the query-key pairs of dense attention that were computed, over the models with windows; 1 without any."""
+    reports = cost.get("attention")
+    return sum(r["pairs"]["executed"] for r in reports) / sum(r["pairs"]["dense"] for r in reports) if reports else 1.0
 
 
 def parts_table(parts: dict[str, list[dict[str, Any]]]) -> Any:

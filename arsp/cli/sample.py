@@ -18,30 +18,6 @@ if TYPE_CHECKING:
     from arsp.runs import Run
     from arsp.stack import Stack
 
-STACK_KEYS = (
-    "model",
-    "tokenizer",
-    "sampler",
-    "rng",
-    "cfg",
-    "cfg_interval",
-    "temperature",
-    "top_k",
-    "top_p",
-    "top_h",
-    "student_steps",
-    "split",
-    "teacher_range",
-    "baseline",
-    "random_weights",
-    "image_size",
-    "collab",
-    "schedule",
-    "apply",
-    "share",
-    "more_smooth",
-)
-
 
 class SampleConfig(StrictModel):
     """Configuration of ``arsp sample``; the stack's own values are checked by arsp.stack.StackConfig."""
@@ -106,6 +82,14 @@ def sample(
     ] = False,
     baseline: Annotated[Optional[str], typer.Option(help="Control instead of the sampler: naive, mode or skip-N")] = None,
     image_size: Annotated[Optional[int], typer.Option(help="Bicubic resize before uint8 (384 px models are evaluated at 256)")] = None,
+    decoder_dtype: Annotated[
+        Optional[str], typer.Option(help="Precision of the tokenizer's decoder: float32 (default), bfloat16 or float16")
+    ] = None,
+    decoder_channels_last: Annotated[
+        Optional[bool], typer.Option("--decoder-channels-last/--decoder-contiguous", help="Its memory layout [default: the faster one]")
+    ] = None,
+    decoder_chunk: Annotated[Optional[int], typer.Option(help="Images it decodes at a time [default: half a million pixels]")] = None,
+    decoder_compile: Annotated[bool, typer.Option("--decoder-compile", help="Run it through torch.compile")] = False,
     collab: Annotated[
         Optional[str], typer.Option(help="BIG:SMALL@N: the big model makes the first N scales, the small one the rest (next-scale models)")
     ] = None,
@@ -139,6 +123,10 @@ def sample(
         compat_official_prefix=compat_official_prefix or None,
         baseline=baseline,
         image_size=image_size,
+        decoder_dtype=decoder_dtype,
+        decoder_channels_last=decoder_channels_last,
+        decoder_chunk=decoder_chunk,
+        decoder_compile=decoder_compile or None,
         collab=collab,
         schedule=schedule,
         apply=apply or None,
@@ -217,7 +205,7 @@ def run_sample(ctx: CommandContext, config: SampleConfig, recipe: Any, source: A
             run.save()
             if stack.model.source.origin == "embedded":
                 ctx.log(f"{stack.model.name}: embedded tiny model ({stack.model.source.card['about']})")
-            stack.require_tokenizer()
+            stack.require_decoder()
             make_images(ctx, config, stack, run)
             complete(config, stack, run)
         elif config.npz is not None and not Path(config.npz).exists():

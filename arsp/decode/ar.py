@@ -53,6 +53,8 @@ def decode_blocks(
     stats = {"passes": passes, "tokens_per_pass": filled / max(passes, 1)}
     if hasattr(state, "peak_kv_bytes"):
         stats["kv_bytes"] = state.peak_kv_bytes
+    if hasattr(state, "last_kv_bytes"):
+        stats["last_kv_bytes"] = state.last_kv_bytes
     return Generation(codes_BL, stats=stats)
 
 

@@ -35,6 +35,7 @@ class ScaleState:
     consumed: int = 0
     passes: int = 0
     peak_kv_bytes: int = 0
+    last_kv_bytes: int = 0  # the peak since the present model took over
 
     @property
     def batch_size(self) -> int:
@@ -153,20 +154,20 @@ class NextScaleDecoder:
         """Continue with the model of ``step``. The same model in another precision keeps the cache; another one starts an empty
         cache, and the former is freed first."""
         same = state.step is not None and state.step.owner == step.owner
-        model, B, weight = step.model, state.batch_size, step.model.head.weight
+        model, B = step.model, state.batch_size
         state.step = step
         state.cond = model.conditioning(state.labels_B, null=self._guided(step))
         if same:
-            state.cache = state.cache.to(weight.dtype)
+            state.cache = state.cache.to(model.dtype)
             return
-        state.cache, state.consumed = None, 0
+        state.cache, state.consumed, state.last_kv_bytes = None, 0, 0
         config, full = model.config, len(state.cond.class_RC)
         last = max(k for k, other in enumerate(self.steps) if other.owner == step.owner)
         stored = range(last + 1 if self.cache_last or last < len(self.steps) - 1 else last)
         kinds = [{self._rule(step, k).share(layer, k) if full > B else "none" for k in stored} for layer in range(config.depth)]
         state.cache = KVCache(
             config.depth, full, config.num_heads, sum(len(self.layout.blocks[k]) for k in stored), config.head_dim,
-            dtype=weight.dtype, device=weight.device,
+            dtype=model.dtype, device=state.f_hat_BEhw.device,
             key_rows=[full if "none" in kind else B for kind in kinds],
             value_rows=[full if kind - {"output"} else B for kind in kinds],
         )  # fmt: skip
@@ -203,5 +204,6 @@ class NextScaleDecoder:
         h = model.backbone(h, state.cond, ctx, rule.policy, rule.depth)
         state.consumed = last + 1
         state.passes += 1
-        state.peak_kv_bytes = max(state.peak_kv_bytes, state.cache.bytes(min(ctx.total, state.cache.capacity)))
+        state.last_kv_bytes = max(state.last_kv_bytes, state.cache.bytes(min(ctx.total, state.cache.capacity)))
+        state.peak_kv_bytes = max(state.peak_kv_bytes, state.last_kv_bytes)
         return h

@@ -116,6 +116,11 @@ class ClassTransformer(nn.Module):
         self.head = Linear(C, config.vocab_size, bias=True)
         self.register_load_state_dict_pre_hook(_drop_derived)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations; linear layers may be replaced by others that keep their weights in any form."""
+        return self.class_emb.weight.dtype
+
     def conditioning(self, labels_B: Tensor, null: bool = False) -> Conditioning:
         """AdaLN vectors of the classes and, with ``null``, of as many rows of the null class behind them (computed once)."""
         if null:
@@ -133,7 +138,7 @@ class ClassTransformer(nn.Module):
     def logits(self, h_RnC: Tensor, cond: Conditioning) -> Tensor:
         """Float32 logits ``(R, n, V)``; ``cond`` may have further rows."""
         scale, shift = (x[: len(h_RnC)] for x in cond.head)
-        h = modulate(h_RnC, scale, shift, self.config.norm_eps).to(self.head.weight.dtype)
+        h = modulate(h_RnC, scale, shift, self.config.norm_eps).to(self.dtype)
         return self.head(h).float()
 
     @torch.no_grad()
@@ -163,7 +168,7 @@ class VAR(ClassTransformer):
     def embed(self, maps_BnE: Tensor, class_RC: Tensor, first: int, last: int) -> Tensor:
         """Input of scales first .. last, ``(R, n, C)`` float32. ``maps_BnE``: the maps of these scales, scale 0 having none; all
         guidance halves see the same maps."""
-        maps_BnE = self.word_embed(maps_BnE.to(self.word_embed.weight.dtype)).float()
+        maps_BnE = self.word_embed(maps_BnE.to(self.dtype)).float()
         h_RnC = maps_BnE.repeat(len(class_RC) // len(maps_BnE), 1, 1)
         if first == 0:
             h_RnC = torch.cat((class_RC.unsqueeze(1).float() + self.pos_start.float(), h_RnC), dim=1)
@@ -221,7 +226,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """``between`` (a student's mark of data and noise) is added behind the attention branch."""
         gain1, gain2, scale1, scale2, shift1, shift2 = vectors
-        dtype = self.ffn.fc1.weight.dtype
+        dtype = self.attn.q_bias.dtype
         x = torch.addcmul(x, self._drop(gain1), self.attn(modulate(x, scale1, shift1, self.eps).to(dtype), layer, ctx, policy))
         x = x if between is None else x + between
         return torch.addcmul(x, self._drop(gain2), self.ffn(modulate(x, scale2, shift2, self.eps).to(dtype)))
@@ -272,12 +277,10 @@ class Attention(nn.Module):
         if share == "output":
             x_RnC = x_RnC[: len(x_RnC) // 2]
         C = x_RnC.shape[-1]
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         if share == "map":
-            qk = linear(x_RnC[: len(x_RnC) // 2], self.mat_qkv.weight[: 2 * C], bias[: 2 * C])
-            v = linear(x_RnC, self.mat_qkv.weight[2 * C :], self.v_bias)
+            qk, v = self._project(x_RnC[: len(x_RnC) // 2], 0, 2 * C), self._project(x_RnC, 2 * C, 3 * C)
         else:
-            qk, v = linear(x_RnC, self.mat_qkv.weight, bias).split((2 * C, C), dim=-1)
+            qk, v = self._project(x_RnC, 0, 3 * C).split((2 * C, C), dim=-1)
         qk, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (qk, v))
         if self.l2_norm:
             sharpness = self.scale_mul_1H11.float().clamp_max(self.max_log_scale).exp()
@@ -286,6 +289,13 @@ class Attention(nn.Module):
         q, k = qk.chunk(2, dim=1)
         out = self.proj(policy.attend(q, k, v, layer, ctx).transpose(1, 2).flatten(2))
         return torch.cat((out, out)) if share == "output" else out
+
+    def _project(self, x_RnC: Tensor, first: int, stop: int) -> Tensor:
+        """Queries, keys and values: outputs first .. stop - 1 of ``mat_qkv`` with their bias, of which keys have none."""
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))[first:stop]
+        if type(self.mat_qkv) is Linear:
+            return linear(x_RnC, self.mat_qkv.weight[first:stop], bias)
+        return self.mat_qkv(x_RnC)[..., first:stop] + bias  # what stands in for it has no rows to pick
 
 
 class FeedForward(nn.Module):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from arsp.errors import ConfigError, InputError
 from arsp.runs import atomic_dir, sha256_file, write_json
 from arsp.sparse.litevar import CUT, MASK_KINDS, TAU, MaskKind
-from arsp.sparse.window import DENSE, GEOMETRIES, Geometry, dense_pairs, pairs_per_scale
+from arsp.sparse.window import DENSE, GEOMETRIES, Geometry, dense_pairs, pairs_per_scale, uniform_2d
 from arsp.zoo import bundle
 
 FORMAT = 1
@@ -118,6 +118,14 @@ def _short(digest: str | None) -> str:
 def uniform_share(share: str, depth: int, num_scales: int) -> np.ndarray:
     """``share[layer, s]`` with the same rule everywhere."""
     return np.full((depth, num_scales), SHARES.index(share), dtype=np.int8)
+
+
+def uniform_profile(model: str, radius: int, *, patch_nums: Sequence[int], depth: int, heads: int) -> Profile:
+    """The same 2-D window in every block of every head, nothing shared (the policy computes dense what keeps too much). It belongs to no
+    weights: a control for calibrated windows, and what costs can be measured with."""
+    win = np.tile(uniform_2d(patch_nums, radius), (depth, heads, 1, 1))
+    share = uniform_share("none", depth, len(patch_nums))
+    return Profile(model, None, tuple(patch_nums), win, share, calibration={"uniform": radius})
 
 
 def save_profile(path: Path, profile: Profile) -> Path:

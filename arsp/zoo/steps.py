@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +58,32 @@ def _beside(source: ModelSource, main: ModelSource) -> ModelSource:
 
 
 def policy_of(attention: str, source: ModelSource, random_weights: bool = False) -> Any:
-    """``dense`` or ``litevar[=PROFILE]`` -> a policy checked against the model; without PROFILE the model's packaged one."""
+    """``dense`` or ``litevar[=PROFILE]`` -> a policy checked against the model; without PROFILE the model's packaged one, and for ``rR``
+    (``r1``) windows of radius R everywhere, calibrated on nothing."""
     if attention == "dense":
         return DensePolicy()
     name, _, path = attention.partition("=")
     if name != "litevar":
         raise ConfigError(f"unknown attention preset '{attention}'.", "Use dense, or litevar=PROFILE (made by arsp sparsify).")
     from arsp.sparse.policy import LiteVARPolicy
-    from arsp.sparse.profile import load_profile
+    from arsp.sparse.profile import load_profile, uniform_profile
 
-    path = path or packaged_profile(source)
-    profile = load_profile(path)
     config = source.config
+    if radius := uniform_radius(path):
+        sizes = dict(patch_nums=config["patch_nums"], depth=config["depth"], heads=config["num_heads"])
+        return LiteVARPolicy(uniform_profile(source.name, radius, **sizes))
+    profile = load_profile(path or packaged_profile(source))
     profile.check_model(
         source.name, patch_nums=config["patch_nums"], depth=config["depth"], heads=config["num_heads"],
         fingerprint=None if random_weights else _fingerprint(source),
     )  # fmt: skip
     return LiteVARPolicy(profile)
+
+
+def uniform_radius(profile: str) -> int | None:
+    """R of the profile name ``rR``; None for any other name."""
+    found = re.fullmatch(r"r([1-9]\d?)", profile)
+    return int(found[1]) if found else None
 
 
 def _fingerprint(source: ModelSource) -> str | None:
@@ -101,7 +111,7 @@ def parts_of(rows: list[ScaleRow], main: ModelSource) -> dict[str, str | None]:
     models = {row.model: resolve(row.model) for row in rows if row.model}
     found = {name: stored_sha256(source) for name, source in models.items()}
     for row in rows:
-        if row.attention != "dense":
+        if row.attention != "dense" and not uniform_radius(row.attention.partition("=")[2]):
             profile = row.attention.partition("=")[2] or packaged_profile(models.get(row.model, main))
             found[profile] = read_manifest(resolve(profile).path)["sha256"]["profile.safetensors"]
     return found

@@ -21,12 +21,13 @@ def arsp(*arguments, tmp_path, code=0):
 
 
 def test_stack_text_is_a_name_and_configuration_values():
-    recipe = cli.parse_stack("llamagen,cfg=2,top_p=0.9,student_steps=1", random_weights=False)
+    recipe, dtype = cli.parse_stack("llamagen,cfg=2,top_p=0.9,student_steps=1", False, "float32")
+    assert dtype == "float32" and cli.parse_stack("llamagen,dtype=bfloat16", False, "float32")[1] == "bfloat16"
     assert (recipe.model, recipe.cfg, recipe.top_p, recipe.student_steps, recipe.random_weights) == ("llamagen", 2.0, 0.9, 1, False)
     with pytest.raises(UsageError, match="'fast' is not key=value"):
-        cli.parse_stack("llamagen,fast", False)
+        cli.parse_stack("llamagen,fast", False, "float32")
     with pytest.raises(ConfigError) as caught:
-        cli.parse_stack("llamagen,top_q=0.9", False)
+        cli.parse_stack("llamagen,top_q=0.9", False, "float32")
     assert "top_p" in f"{caught.value.message} {caught.value.hint}"
 
 
@@ -48,6 +49,8 @@ def test_equal_names_are_told_apart():
     [
         (["bench", "--compare", "llamagen-b-256", "--random-weights"], 2, "needs two stacks"),
         (["bench", "lamagen"], 3, "llamagen"),
+        (["bench", "llamagen,dtype=int8"], 2, "unknown dtype"),
+        (["bench", "llamagen,decoder_dtype=bfloat16", "--no-decode"], 3, "only codes are made"),
         (["bench", "llamagen-b-256", "--repeats", "0"], 3, "repeats"),
         (["bench", "llamagen-b-256"], 4, "not on this machine"),
         (["bench", "kernels", "--op", "large_linear"], 3, "op"),
@@ -72,7 +75,15 @@ def test_record_of_a_comparison_holds_every_stack_and_the_ratio(tmp_path, monkey
 
     contenders = [
         compare.Contender("eager", lambda: None, 1, 1, {"name": "eager"}, {}),
-        compare.Contender("ours", lambda: None, 1, 1, {"name": "ours"}, {"moved_bytes_per_batch": 8e9, "macs": 1.0}, lambda: {"passes": 4}),
+        compare.Contender(
+            "ours",
+            lambda: None,
+            1,
+            1,
+            {"name": "ours", "dtype": "float32"},
+            {"moved_bytes_per_batch": 8e9, "macs": 1.0},
+            lambda: {"passes": 4},
+        ),
     ]
     timings = {"eager": Timing("eager", (4.0, 8.0, 6.0), 5), "ours": Timing("ours", (2.0, 4.0, 3.0), None)}
     monkeypatch.setattr(cost, "measure_roofline", lambda device: cost.Roofline(8e9, 1e9))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arsp.errors import ConfigError
+from arsp.errors import ConfigError, ResourceError
 from arsp.testing.tolerance import assert_close
 from arsp.tokenizers.fast_decode import PIXELS_AT_ONCE, prepare_decoder
 from arsp.tokenizers.llamagen_vq import VQConfig, VQModel
@@ -47,7 +47,7 @@ def test_channels_last_differs_by_rounding(tokenizer):
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4])
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2e-5), ("bfloat16", 2e-2)])
 @torch.inference_mode()
 def test_chunks_are_the_whole_up_to_rounding(tokenizer, dtype, rounding, chunk):
     codes = codes_of(tokenizer)
@@ -59,7 +59,7 @@ def test_chunks_are_the_whole_up_to_rounding(tokenizer, dtype, rounding, chunk):
 def test_bfloat16_images_are_within_a_few_levels_and_leave_the_tokenizer_alone(tokenizer):
     codes = codes_of(tokenizer)
     expected = to_uint8(tokenizer.decode_codes(codes)).int()
-    found = to_uint8(prepare_decoder(tokenizer, dtype=torch.bfloat16).decode_codes(codes)).int()
+    found = to_uint8(prepare_decoder(tokenizer, dtype="bfloat16").decode_codes(codes)).int()
     gap = (found - expected).abs()
     assert 0 < gap.max() <= 6, f"largest gap {gap.max()} levels: 0 would mean that nothing ran in bfloat16"
     assert (gap <= 3).float().mean() > 0.99, f"{(gap > 3).float().mean():.2%} of the values differ by more than 3 levels"
@@ -71,7 +71,7 @@ def test_sum_over_scales_stays_float32(monkeypatch):
     tokenizer, seen = VQVAE(VAR).eval(), []
     monkeypatch.setattr(tokenizer, "to_map", lambda vectors: seen.append(VQVAE.to_map(tokenizer, vectors)) or seen[-1])
     with torch.inference_mode():
-        prepare_decoder(tokenizer, dtype=torch.bfloat16).decode_codes(codes_of(tokenizer))
+        prepare_decoder(tokenizer, dtype="bfloat16").decode_codes(codes_of(tokenizer))
         assert seen[0].dtype == torch.float32 and torch.equal(
             seen[0], tokenizer.quantize.sum_scales(tokenizer.codebook_VE[codes_of(tokenizer)])
         )
@@ -103,7 +103,28 @@ def test_compiled_decoder_makes_the_same_images(tokenizer):
     assert_close(prepare_decoder(tokenizer, compile=True).decode_codes(codes), expected, abs_tol=2e-5, what="pixels")
 
 
-@pytest.mark.parametrize("wrong", [{"dtype": torch.int8}, {"chunk": 0}])
+@torch.inference_mode()
+def test_default_images_are_those_of_the_plain_decoder_within_one_level(tokenizer):
+    codes = codes_of(tokenizer, 16)
+    plain = to_uint8(tokenizer.decode_codes(codes)).int()
+    gap = (to_uint8(prepare_decoder(tokenizer).decode_codes(codes)).int() - plain).abs()
+    assert gap.max() <= 1 and (gap > 0).float().mean() < 1e-3, f"{gap.max()} levels, {(gap > 0).float().mean():.2%} of the values"
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def fails(*_):
+        raise TorchDynamoException("no compiler\nlong trace")
+
+    monkeypatch.setattr(torch, "compile", lambda network, **options: fails)
+    torch.manual_seed(0)
+    tokenizer = VQVAE(VAR).eval()
+    with pytest.raises(ResourceError, match="cannot be compiled here: no compiler$"):
+        prepare_decoder(tokenizer, compile=True).decode_codes(codes_of(tokenizer))
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "int8"}, {"chunk": 0}])
 def test_impossible_settings_are_refused(tokenizer, wrong):
     with pytest.raises(ConfigError, match="decoder"):
         prepare_decoder(tokenizer, **wrong)
