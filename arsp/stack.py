@@ -66,8 +66,8 @@ class StackConfig(StrictModel):
     )
     baseline: str | None = Field(None, description="naive, mode or skip-N instead of the sampler")
     random_weights: bool = Field(False, description="no checkpoint: cost only, the images are noise")
-    collab: str | None = Field(None, description="BIG:SMALL@N: the big model makes the first N scales (next-scale models)")
-    schedule: str | None = Field(None, description="YAML file, one row a scale: model, depth, attention, cfg, precision")
+    collab: str | None = Field(None, min_length=1, description="BIG:SMALL@N: the big model makes the first N scales (next-scale models)")
+    schedule: str | None = Field(None, min_length=1, description="YAML file, one row a scale: model, depth, attention, cfg, precision")
     apply: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
         [], description="what makes a pass cheaper, e.g. litevar=PROFILE"
     )

@@ -163,11 +163,16 @@ def collab_record(config: CostConfig) -> dict[str, Any]:
     from arsp.bench.cost_var import Part, collab_cost, describe
     from arsp.decode.schedule import parse_collab
     from arsp.zoo.load import resolve
+    from arsp.zoo.steps import beside
 
     big_name = config.collab.partition(":")[0]
-    big = var_config(resolve(big_name))
+    main = resolve(big_name)
+    big = var_config(main)
     _, small_name, draft_scales = parse_collab(config.collab, big.num_scales)
-    found = collab_cost(big, var_config(resolve(small_name)), draft_scales, guidance=config.guidance)
+    small = resolve(small_name)
+    sizes = var_config(small)
+    beside(small, main)
+    found = collab_cost(big, sizes, draft_scales, guidance=config.guidance)
     parts = [
         Part(f"{big_name}, scales 0-{draft_scales - 1}", found.draft, "its positions only"),
         Part(f"{small_name}, all scales", found.refine, f"positions of scales 0-{draft_scales - 1} without logits"),

@@ -88,12 +88,12 @@ def load_schedule(path: str, num_scales: int) -> list[ScaleRow]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"schedule {path} cannot be read: {str(error).splitlines()[0]}", "Give a YAML file.") from error
     example = "For example: - {scales: 4-5, model: var-small}"
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "scales" in entry for entry in entries):
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) and "scales" in entry for entry in entries):
         raise InputError(f"schedule {path}: expected a list of entries with 'scales'.", example)
     rows: dict[int, ScaleRow] = {}
     for entry in entries:
         try:
-            row = ScaleRow(**{key: value for key, value in entry.items() if key != "scales"})
+            row = ScaleRow(**{str(key): value for key, value in entry.items() if key != "scales"})
         except ValidationError as error:
             first = error.errors()[0]
             raise ConfigError(f"schedule {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}", example) from error
@@ -120,7 +120,8 @@ def check_rows(rows: list[ScaleRow]) -> None:
             )
     models = [row.model for k, row in enumerate(rows) if k == 0 or row.model != rows[k - 1].model]
     if len(models) != len(set(models)):
-        raise ConfigError(f"schedule: a model comes back ({', '.join(models)}); each may take over once, its cache is freed behind it.")
+        named = ", ".join(model or "the stack's model" for model in models)
+        raise ConfigError(f"schedule: a model comes back ({named}); each may take over once, its cache is freed behind it.")
 
 
 def describe_rows(rows: list[ScaleRow], sides: tuple[int, ...], dtype: str, model: str) -> list[dict[str, Any]]:

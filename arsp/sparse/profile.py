@@ -24,6 +24,11 @@ from arsp.zoo import bundle
 FORMAT = 1
 TENSORS = "profile.safetensors"
 SHARES = ("none", "map", "output")  # stored as 0, 1, 2
+FIELDS = {
+    "format": int, "model": str, "fingerprint": str | None, "patch_nums": list, "geometry": str, "mask": str, "tau": int | float,
+    "cut": int | float, "calibration": dict,
+}  # fmt: skip
+DTYPES = {"win": torch.int16, "share": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         K = len(self.patch_nums)
-        if self.win.ndim != 4 or self.win.shape[2:] != (K, K) or self.share.shape != (self.win.shape[0], K):
+        if self.win.ndim != 4 or not self.win.size or self.win.shape[2:] != (K, K) or self.share.shape != (self.win.shape[0], K):
             raise ConfigError(
                 f"profile: win {self.win.shape} and share {self.share.shape} do not describe (layers, heads, {K}, {K}) and (layers, {K})."
             )
@@ -136,7 +141,7 @@ def save_profile(path: Path, profile: Profile) -> Path:
         "cut": profile.cut, "calibration": profile.calibration,
     }  # fmt: skip
     with atomic_dir(path) as temporary:
-        tensors = {"win": torch.from_numpy(profile.win.astype(np.int16)), "share": torch.from_numpy(profile.share.astype(np.int8))}
+        tensors = {name: torch.from_numpy(getattr(profile, name)).to(dtype) for name, dtype in DTYPES.items()}
         save_file(tensors, temporary / TENSORS)
         manifest = {"schema": bundle.SCHEMA, "family": "var", "kind": "profile", "config": config, "tokenizer": None}
         write_json(temporary / bundle.MANIFEST, {**manifest, "sha256": {TENSORS: sha256_file(temporary / TENSORS)}})
@@ -156,12 +161,15 @@ def load_profile(path: Path | str) -> Profile:
     if manifest["kind"] != "profile":
         raise InputError(f"{path} is a bundle of kind '{manifest['kind']}', not a profile.", "Make one: arsp sparsify --model var")
     config = manifest["config"]
-    if config.get("format", 0) > FORMAT:
+    if isinstance(config.get("format"), int) and config["format"] > FORMAT:
         raise InputError(f"{path} has profile format {config['format']}; this arsp reads up to {FORMAT}.", "Upgrade arsp.")
     tensors = bundle.load_weights(path, TENSORS, manifest)
-    try:
-        fields = {key: config[key] for key in ("model", "fingerprint", "geometry", "mask", "tau", "cut", "calibration")}
-        win, share = tensors["win"].numpy(), tensors["share"].numpy()
-        return Profile(patch_nums=tuple(config["patch_nums"]), win=win, share=share, **fields)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a valid profile ({type(error).__name__}: {error}).", "Make or copy it again.") from error
+    wrong = [key for key, kind in FIELDS.items() if not isinstance(config.get(key), kind)]
+    if "patch_nums" not in wrong and not all(isinstance(side, int) for side in config["patch_nums"]):
+        wrong.append("patch_nums")
+    wrong += [name for name, dtype in DTYPES.items() if name not in tensors or tensors[name].dtype != dtype]
+    if wrong:
+        raise InputError(f"{path} is not a valid profile: {', '.join(wrong)} missing or of the wrong type.", "Make or copy it again.")
+    fields = {key: config[key] for key in FIELDS if key not in ("format", "patch_nums")}
+    arrays = {name: tensors[name].numpy() for name in DTYPES}
+    return Profile(patch_nums=tuple(config["patch_nums"]), **arrays, **fields)

@@ -26,7 +26,7 @@ def check_steps(rows: list[ScaleRow], main: ModelSource, random_weights: bool = 
     found: dict[str, ModelSource] = {"": main}
     for row in rows:
         if row.model not in found:
-            found[row.model] = _beside(resolve(row.model), main)
+            found[row.model] = beside(resolve(row.model), main)
         policy_of(row.attention, found[row.model], random_weights)
     sources = [found[row.model] for row in rows]
     for k, (row, source) in enumerate(zip(rows, sources, strict=True)):
@@ -37,8 +37,8 @@ def check_steps(rows: list[ScaleRow], main: ModelSource, random_weights: bool = 
     return sources
 
 
-def _beside(source: ModelSource, main: ModelSource) -> ModelSource:
-    """``source``, if it can share an image with ``main``."""
+def beside(source: ModelSource, main: ModelSource) -> ModelSource:
+    """``source``, if it can share an image with ``main``; ConfigError with the reason if not."""
     if source.kind != "teacher" or source.family is not main.family:
         raise ConfigError(
             f"{source.name} is a {source.family.name} {source.kind}; {main.name} needs {main.family.name} teachers beside it."
