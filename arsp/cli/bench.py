@@ -211,7 +211,8 @@ def bench_table(record: dict[str, Any]) -> Any:
     from rich.console import Group
 
     ratios = {metric["stack"]: metric for metric in record["metrics"] if metric["name"] == "speedup"}
-    columns = ["stack", "p50 ms", "p95 ms", "images/s", "passes", "peak MB", "weights MB", "cache MB", "ceiling ms"]
+    columns = ["stack", "p50 ms", "p95 ms", "images/s", "passes", "peak MB", "weights MB", "cache MB"]
+    columns += ["ceiling ms"] if any("ceiling_ms" in entry["cost"] for entry in record["stacks"]) else []
     columns += ["attention run, %"] if any("attention" in entry["cost"] for entry in record["stacks"]) else []
     columns += ["behind hand-over MB"] if any("last_bytes" in entry["cost"] for entry in record["stacks"]) else []
     columns += ["speed-up to the first"] if ratios else []
@@ -220,7 +221,7 @@ def bench_table(record: dict[str, Any]) -> Any:
         cost, ratio = entry["cost"], ratios.get(entry["name"])
         megabytes = [None if cost.get(key) is None else cost[key] / 1e6 for key in ("peak_mem_bytes", "weight_bytes", "kv_bytes")]
         row = [entry["name"], cost["latency_ms"]["p50"], cost["latency_ms"]["p95"], cost["images_per_s"], cost.get("passes"), *megabytes]
-        row += [cost.get("ceiling_ms")]
+        row += [cost.get("ceiling_ms")] if "ceiling ms" in columns else []
         if "attention run, %" in columns:
             row += [100 * attention_run(cost)]
         if "behind hand-over MB" in columns:

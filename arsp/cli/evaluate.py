@@ -126,6 +126,7 @@ def evaluate(
     top_p: Annotated[Optional[float], typer.Option(help="Top-p, when a model is sampled")] = None,
     student_steps: Annotated[Optional[int], typer.Option(help="Passes of a distilled student that is sampled: 1 or 2")] = None,
     baseline: Annotated[Optional[str], typer.Option(help="Control made from the model: naive, mode or skip-N")] = None,
+    decoder_dtype: Annotated[Optional[str], typer.Option(help="Precision of the tokenizer's decoder, when a model is sampled")] = None,
 ) -> None:
     """Measure images against a reference: fid, kid, is, precision/recall, attribute accuracy (docs/evaluation.md)."""
     targets = [t for t in (target, images, model) if t is not None]
@@ -138,6 +139,7 @@ def evaluate(
         "top_p": top_p,
         "student_steps": student_steps,
         "baseline": baseline,
+        "decoder_dtype": decoder_dtype,
     }
     named = {f"stack.{key}": value for key, value in pipeline.items()} | {
         "target": targets[0] if targets else None,

@@ -1,7 +1,11 @@
 """The count of VAR against published figures, and against the operations that torch counts."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import tiny_var
+import torch
 
 from arsp.bench.cost_var import (
     MAP,
@@ -10,12 +14,19 @@ from arsp.bench.cost_var import (
     cache_bytes,
     collab_cost,
     count_parts,
+    count_steps,
     dense_savings,
     tokenizer_parts,
     total_macs,
 )
+from arsp.decode.guidance import RampGuidance
+from arsp.decode.next_scale import NextScaleDecoder
+from arsp.decode.schedule import ScaleStep
 from arsp.errors import ConfigError
 from arsp.models.var import VARConfig
+from arsp.protocols import Request
+from arsp.sparse.policy import LiteVARPolicy
+from arsp.sparse.profile import uniform_profile
 from arsp.tokenizers.var_vqvae import PATCH_NUMS, VQVAEConfig
 
 SIDES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
@@ -135,3 +146,47 @@ def test_kept_pairs_may_differ_by_layer_and_scale():
     kept = np.array([[1, 1, 1], [1, 1, 0.5]])
     cost = attention_cost(sizes, dense_savings(sizes, kept=kept))
     assert cost.dense - cost.windowed == 2 * 2 * sizes.embed_dim * 63
+
+
+# -- schedules ------------------------------------------------------------------------------------------------------------------
+
+
+def step(size, owner="", **how):
+    return ScaleStep(SimpleNamespace(config=sizes_of(size)), owner, **how)
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_a_schedule_of_defaults_costs_what_the_model_does(guidance):
+    plain = {part.name: part.macs for part in count_parts(sizes_of(16), guidance=guidance)}
+    assert {part.name: part.macs for part in count_steps([step(16)] * 10, guidance=guidance)} == plain
+
+
+@pytest.mark.parametrize("num", [1, 6, 9])
+def test_two_models_cost_what_collaborative_decoding_does(num):
+    found = collab_cost(sizes_of(30), sizes_of(16), num)
+    assert total_macs(count_steps([step(30)] * num + [step(16, "small")] * (10 - num))) == found.draft + found.refine
+
+
+def test_less_depth_less_guidance_and_sharing_cost_less():
+    parts = lambda steps: {part.name: part.macs for part in count_steps(steps)}  # noqa: E731
+    plain = parts([step(16)] * 10)
+    half = parts([step(16, depth=8)] * 10)
+    assert half["fc1"] == plain["fc1"] / 2 and half["head"] == plain["head"] and half["ada_lin"] == plain["ada_lin"]
+    last = parts([step(16)] * 9 + [step(16, guided=False)])
+    assert plain["fc1"] - last["fc1"] == 256 * 1024 * 4096 * 16, "the null rows of the last scale"
+    shared = parts([step(16, shared=True)] * 10)
+    assert shared["qkv"] == plain["qkv"] * 2 / 3, "no queries and keys of the null half"
+    assert shared["proj"] == plain["proj"]
+
+
+def test_windows_cost_what_the_policy_counts_while_it_runs(monkeypatch, one_thread):
+    monkeypatch.setattr("arsp.sparse.policy.skips_windows", lambda *tensors: True)  # also where nothing can be compiled
+    sides = (1, 2, 3, 4, 6)
+    model = tiny_var.var_model(VARConfig(**{**vars(tiny_var.CONFIG), "patch_nums": sides}))
+    policy = LiteVARPolicy(uniform_profile("tiny", 1, patch_nums=sides, depth=2, heads=2))
+    steps = [ScaleStep(model, policy=policy)] * 5
+    tokenizer = tiny_var.tokenizer_model(type(tiny_var.VQ)(**{**vars(tiny_var.VQ), "patch_nums": sides}))
+    decoder = NextScaleDecoder(model, tokenizer.quantize, RampGuidance(1.5, 5), steps)
+    decoder.teacher_forced(Request(torch.arange(1), 0, labels_B=torch.tensor([1])), torch.zeros(1, 66, dtype=torch.int64))
+    (attention,) = (part for part in count_steps(steps) if part.name == "attention")
+    assert policy.windowed.any() and attention.macs == policy.report()["pairs"]["executed"] * model.config.head_dim

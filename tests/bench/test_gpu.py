@@ -1,15 +1,19 @@
 """What must hold on a CUDA device; ``make gpu-check`` runs these."""
 
 import pytest
+import tiny_var
 import torch
 
 from arsp import kernels
 from arsp.bench.timing import measure, peak_memory
 from arsp.decode.decoder import RasterDecoder
-from arsp.decode.guidance import Guidance
+from arsp.decode.guidance import Guidance, RampGuidance
+from arsp.decode.next_scale import NextScaleDecoder
 from arsp.models.llamagen import GPT, GPTConfig
 from arsp.protocols import Request
 from arsp.rng import Purpose, keyed_words
+from arsp.tokenizers.fast_decode import prepare_decoder
+from arsp.tokenizers.pixels import to_uint8
 
 pytestmark = pytest.mark.gpu
 
@@ -40,6 +44,39 @@ def test_float32_logits_of_the_decoder_agree_with_the_cpu():
 def test_kernels_leave_cuda_tensors_to_torch():
     x, weight = torch.randn(2, 40, device="cuda"), torch.randn(5, 40, device="cuda")
     assert torch.equal(kernels.small_linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+def test_windows_on_the_gpu_are_those_of_the_cpu_reference():
+    sides, s = (1, 2, 3, 4, 6), 4
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(rows, 2, n, 16, generator=generator) for rows, n in ((1, 36), (1, 66), (2, 66)))
+    windows = torch.tensor([[-1, 0, 1, 1, 1], [1, 1, 2, 0, 2]], dtype=torch.int32)
+    expected = kernels.reference.windowed_scale_attention(q, k, v, windows, sides, s)
+    found = kernels.windowed_scale_attention(*(x.cuda() for x in (q, k, v, windows)), sides, s).cpu()
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
+def test_float32_logits_of_a_var_agree_with_the_cpu(cfg):
+    codes, logits = torch.randint(16, (2, 21), generator=torch.Generator().manual_seed(0)), {}
+    for device in ("cpu", "cuda"):
+        model, quantizer = tiny_var.var_model().to(device), tiny_var.tokenizer_model().quantize.to(device)
+        asked = Request(torch.arange(2, device=device), 0, torch.tensor([1, 2], device=device))
+        logits[device] = NextScaleDecoder(model, quantizer, RampGuidance(cfg, 3)).teacher_forced(asked, codes.to(device)).cpu()
+    gap = (logits["cuda"] - logits["cpu"]).abs().max().item()
+    assert gap < 1e-4 * (1 + logits["cpu"].abs().max().item()), f"guided logits differ by {gap:.2e}"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_images_of_the_prepared_decoder_agree_with_the_cpu(dtype):
+    codes = torch.randint(16, (3, 21), generator=torch.Generator().manual_seed(0))
+    images = {}
+    with torch.inference_mode():
+        for device, kind in (("cpu", "float32"), ("cuda", dtype)):
+            decoder = prepare_decoder(tiny_var.tokenizer_model().to(device), dtype=kind, chunk=2)
+            images[device] = to_uint8(decoder.decode_codes(codes.to(device))).int().cpu()
+    gap = (images["cuda"] - images["cpu"]).abs().max()
+    assert gap <= {"float32": 1, "bfloat16": 6, "float16": 3}[dtype], f"images differ by {gap} levels"
 
 
 def test_peak_memory_is_that_of_the_allocator():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from dataclasses import replace
 
 import pytest
 import tiny_var
 import torch
 
+from arsp.decode import next_scale
 from arsp.decode.ar import decode_blocks, keyed_choice, sample_ar
 from arsp.decode.filters import LogitsPipeline
 from arsp.decode.guidance import RampGuidance
@@ -217,6 +219,22 @@ def test_the_first_cache_is_freed_at_the_hand_over(decoder_of, model):
     assert [x.shape for x in state.cache.k] == [(2, 3, 14, 4)], "one layer of three heads, without the last scale"
     decoder.step(state, known[:, 5:14])
     assert state.passes == 4, "the refiner reads the known scales together with its first own one"
+    held = sum(x.numel() * x.element_size() for x in (*state.cache.k, *state.cache.v))
+    assert state.last_kv_bytes == held == 2 * 2 * 14 * 12 * 4, "keys and values, two halves, 14 slots, width 12, float32"
+    assert state.peak_kv_bytes == max(held, 2 * 2 * 2 * 5 * 16 * 4), "or what two layers of the drafter held"
+
+
+def test_the_cache_of_the_big_model_is_gone_before_the_small_one_makes_its_own(decoder_of, model, monkeypatch):
+    small = model_of(seed=5, depth=1, embed_dim=12, num_heads=3)
+    decoder = decoder_of(collab(model, small, 2))
+    state = decoder.start(request(0))
+    decoder.step(state, None)
+    decoder.step(state, codes(1)[:, :1])
+    former, alive = [weakref.ref(x) for x in (*state.cache.k, *state.cache.v)], []
+    make = next_scale.KVCache
+    monkeypatch.setattr(next_scale, "KVCache", lambda *a, **k: alive.append([ref() is not None for ref in former]) or make(*a, **k))
+    decoder.step(state, codes(1)[:, 1:5])
+    assert alive == [[False] * 4]
 
 
 # -- fewer rows, less depth, another precision ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from arsp.sparse.profile import uniform_share
 from arsp.sparse.window import empty_windows
 from arsp.zoo import bundle, load
 from arsp.zoo.load import load_model, resolve
-from arsp.zoo.steps import check_steps, load_steps, packaged_profile, policy_of
+from arsp.zoo.steps import check_steps, load_steps, packaged_profile, parts_of, policy_of
 
 K = len(tiny_var.SIDES)
 SMALL = replace(tiny_var.CONFIG, depth=1, embed_dim=8)
@@ -195,3 +195,13 @@ def test_each_model_is_loaded_once_a_precision_and_each_policy_once(models, tmp_
     assert [step.share(0, 1) for step in steps] == ["map", "map", "map"] and [step.shared for step in steps] == [False, False, True]
     same = load_steps([ScaleRow(model=models["small"])] * K, main, "cpu", torch.float32)
     assert len({id(step.model) for step in same}) == 1
+
+
+def test_uniform_windows_need_no_profile_and_fit_any_weights(models):
+    policy = policy_of("litevar=r2", resolve(models["big"]))
+    assert (policy.profile.win == 2).all() and policy.profile.fingerprint is None and policy.share(0, 0) == "none"
+    assert policy.profile.win.shape == (2, 2, K, K)
+    assert parts_of(rows(ScaleRow(attention="litevar=r2")), resolve(models["big"])) == {}, "there is no file to name"
+    for wrong in ("litevar=r0", "litevar=r", "litevar=r100"):
+        with pytest.raises(InputError, match=wrong.partition("=")[2]):
+            policy_of(wrong, resolve(models["big"]))
