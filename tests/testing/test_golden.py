@@ -1,7 +1,9 @@
 """Finding recorded cases: by kind, in any directory, with clear errors; kinds without code are listed, not failed."""
 
 import json
+import zlib
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -33,6 +35,16 @@ def test_inputs_and_outputs_are_read_together(folder):
 
 def test_kinds_without_code_are_listed(folder):
     assert not_covered(folder, {"alpha"}) == ["beta"]
+
+
+def test_weights_without_a_file_come_from_their_recipe(folder):
+    meta = {"kind": "gamma", "weights_recipe": {"seed": 5}, "state_dict_shapes": {"a.norm.weight": [3], "a.bias": [2], "b.weight": [2, 4]}}
+    (folder / "c" / "golden.json").write_text(json.dumps(meta))
+    weights = find_cases(folder, "gamma")[0].weights
+    assert {key: list(value.shape) for key, value in weights.items()} == meta["state_dict_shapes"]
+    normal = np.random.RandomState((zlib.crc32(b"b.weight") + 5) % 2**32).standard_normal((2, 4)).astype(np.float32)
+    assert torch.equal(weights["b.weight"], torch.from_numpy(normal / 2)), "divided by the root of the inputs of an output"
+    assert (weights["a.norm.weight"] - 1).abs().max() < 0.5 and weights["a.bias"].abs().max() < 0.25
 
 
 def test_missing_and_damaged_files_are_input_errors(folder):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import fields
 
-import numpy as np
 import pytest
 import torch
 
@@ -24,27 +22,9 @@ def config_of(values: dict, **more) -> VQVAEConfig:
     return VQVAEConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()})
 
 
-def recipe_weights(case) -> dict[str, torch.Tensor]:
-    """Weights of a case without a weights file: the numpy recipe that its golden.json spells out."""
-    weights = {}
-    for key, shape in case.meta["state_dict_shapes"].items():
-        random = np.random.RandomState((zlib.crc32(key.encode()) + case.meta["weights_recipe"]["seed"]) % 2**32)
-        x = random.standard_normal(shape).astype(np.float32)
-        if "norm" in key and key.endswith("weight"):
-            x = 1 + np.float32(0.1) * x
-        elif key.endswith("bias"):
-            x = np.float32(0.05) * x
-        elif key == "quantize.ema_vocab_hit_SV":
-            x = np.zeros_like(x)
-        elif key != "quantize.embedding.weight":
-            x = x / np.float64(np.sqrt(np.prod(shape[1:])))
-        weights[key] = torch.from_numpy(np.asarray(x, dtype=np.float32))
-    return weights
-
-
 def tokenizer_of(case) -> VQVAE:
     model = VQVAE(config_of(case.config)).eval()
-    model.load_state_dict(recipe_weights(case) if "weights_recipe" in case.meta else case.weights, strict=True)
+    model.load_state_dict(case.weights, strict=True)
     return model
 
 
