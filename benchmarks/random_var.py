@@ -1,6 +1,7 @@
 """A VAR bundle with random weights, for timing sizes that were never released.
 
-``python benchmarks/random_var.py OUT --depth 16 --pixels 512``, then ``arsp bench OUT``. Width and heads follow the depth as in the released models; the tokenizer is the released one in its sizes, random too.
+``python benchmarks/random_var.py OUT --depth 16 --pixels 512``, then ``arsp bench OUT``. Width and heads follow the depth as in the
+released models; the tokenizer is the released one in its sizes, random too.
 """
 
 from __future__ import annotations
