@@ -144,7 +144,7 @@ class TeacherLoopGenerator:
 
 class OfficialPrefixPolicy(DensePolicy):
     """Attention without any mask inside a pass, as the released script feeds a student's prefix to a VAR teacher: the prefix scales
-    see later ones, which they never did in training. For comparison with that script only."""
+    see later ones, which they never did in training. For comparison with that script only (``--compat-official-prefix``)."""
 
     def attend(self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, layer: int, ctx: AttentionContext) -> Tensor:
         return dense_attention(q_BHnD, *visible(k_BHnD, v_BHnD, layer, ctx), ctx.scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -198,7 +199,8 @@ class ScaleTokenizerTask(TokenizerTask):
             z = F.interpolate(rest, size=(pn, pn), mode="area").flatten(2).transpose(1, 2)
             vectors = z.flatten(0, 1).cpu()
             some = vectors[torch.linspace(0, len(vectors) - 1, min(len(vectors), 16_384)).long()]
-            centres = torch.from_numpy(kmeans2(some.numpy(), num, minit="++", rng=seed)[0]).to(book)
+            with warnings.catch_warnings(action="ignore"):  # fewer different vectors than codes: some codes stay unused
+                centres = torch.from_numpy(kmeans2(some.numpy(), num, minit="++", rng=seed)[0]).to(book)
             book[row : row + num] = centres
             rest = rest - quantizer.contribution(centres[torch.cdist(z, centres).argmin(-1)], k)
             row += num
