@@ -90,10 +90,10 @@ def test_every_part_of_ours_and_of_the_official_way_is_met(stack):
 def test_adaln_is_computed_once_a_batch_by_ours_and_at_every_scale_by_the_official_way(stack, monkeypatch):
     seen = []
     forward = var.Linear.forward
-    monkeypatch.setattr(var.Linear, "forward", lambda self, x, **more: (seen.append(self), forward(self, x, **more))[1])
-    compare.stack_contender("ours", stack, num=1, batch_size=1, seed=0, decode=False).work()
-    once = [module for module in seen if module.out_features == 6 * 16]
-    assert len(once) == 2, "one product in each of two blocks"
+    monkeypatch.setattr(var.Linear, "forward", lambda self, x, **more: (seen.append((self, x.shape)), forward(self, x, **more))[1])
+    compare.stack_contender("ours", stack, num=3, batch_size=3, seed=0, decode=False).work()
+    once = [tuple(shape) for module, shape in seen if module.out_features == 6 * 16]
+    assert once == [(4, 16)] * 2, "one product in each of two blocks, a row for each image and one for all their null halves"
     macs = {c.name: {part["name"]: part["macs"] for part in c.cost["macs_by_part"]} for c in contenders(stack)}
     assert macs[compare.EAGER]["ada_lin"] == 3 * macs["ours"]["ada_lin"]
     assert macs[compare.EAGER]["fc1"] == macs["ours"]["fc1"]
