@@ -141,7 +141,7 @@ class MultiScaleQuantizer(nn.Module):
             h = F.interpolate(h, size=(self.patch_nums[-1],) * 2, mode="bicubic")
         return self.phi(k)(h)
 
-    def phi(self, k: int) -> Phi:
+    def phi(self, k: int) -> nn.Module:
         """The smoothing of scale k."""
         which, holder = self.phi_index[k], self.quant_resi
         if isinstance(holder, PhiShared):
@@ -204,8 +204,13 @@ class MultiScaleQuantizer(nn.Module):
         return torch.cat(maps, dim=1)
 
 
+def phi_of(width: int, quant_resi: float) -> nn.Module:
+    """A phi; without a convolved share there is nothing to learn and no key in the file."""
+    return Phi(width, quant_resi) if abs(quant_resi) > 1e-6 else nn.Identity()
+
+
 class Phi(nn.Conv2d):
-    """``(1 - r) h + r conv3x3(h)``."""
+    """``(1 - r) h + r conv3x3(h)``, r = ``|quant_resi|``."""
 
     def __init__(self, width: int, quant_resi: float):
         super().__init__(width, width, 3, padding=1)
@@ -220,7 +225,7 @@ class PhiShared(nn.Module):
 
     def __init__(self, width: int, quant_resi: float):
         super().__init__()
-        self.qresi = Phi(width, quant_resi)
+        self.qresi = phi_of(width, quant_resi)
 
 
 class PhiPartly(nn.Module):
@@ -228,7 +233,7 @@ class PhiPartly(nn.Module):
 
     def __init__(self, num: int, width: int, quant_resi: float):
         super().__init__()
-        self.qresi_ls = nn.ModuleList(Phi(width, quant_resi) for _ in range(num))
+        self.qresi_ls = nn.ModuleList(phi_of(width, quant_resi) for _ in range(num))
 
 
 def _phis(config: VQVAEConfig) -> nn.Module:
@@ -236,7 +241,7 @@ def _phis(config: VQVAEConfig) -> nn.Module:
     if config.share_quant_resi == 1:
         return PhiShared(width, ratio)
     if config.share_quant_resi == 0:
-        return nn.ModuleList(Phi(width, ratio) for _ in config.patch_nums)
+        return nn.ModuleList(phi_of(width, ratio) for _ in config.patch_nums)
     return PhiPartly(config.share_quant_resi, width, ratio)
 
 
