@@ -234,7 +234,7 @@ def check(config: StackConfig) -> ModelSource:
                 raise ConfigError(f"--baseline {config.baseline} counts the codes of the plain teacher.", f"Drop {', '.join(wanted)}.")
         if config.more_smooth and (config.rng != "keyed" or config.baseline or config.sampler != "ar"):
             raise ConfigError("--more-smooth is a sampler of its own.", "Drop --rng, --sampler and --baseline.")
-        if wanted:
+        if not source.layout.is_raster:
             check_steps(schedule_rows(config, source), source, config.random_weights)
     else:
         if config.baseline:

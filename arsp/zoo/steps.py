@@ -20,8 +20,8 @@ ALIKE = ("patch_nums", "vocab_size", "code_dim", "num_classes")  # configuration
 
 
 def check_steps(rows: list[ScaleRow], main: ModelSource, random_weights: bool = False) -> list[ModelSource]:
-    """The model of each row. ConfigError: two tokenizers, two layouts, a schedule that reads what was not computed. InputError: a
-    profile that is damaged or was made for another model."""
+    """The model of each row. ConfigError: two tokenizers, two layouts, a model at a scale it was not trained for, a schedule that reads
+    what was not computed. InputError: a profile that is damaged or was made for another model."""
     check_rows(rows)
     found: dict[str, ModelSource] = {"": main}
     for row in rows:
@@ -30,6 +30,12 @@ def check_steps(rows: list[ScaleRow], main: ModelSource, random_weights: bool = 
         policy_of(row.attention, found[row.model], random_weights)
     sources = [found[row.model] for row in rows]
     for k, (row, source) in enumerate(zip(rows, sources, strict=True)):
+        first, last = source.card.get("scales") or (0, len(rows) - 1)
+        if not first <= k <= last:
+            raise ConfigError(
+                f"{source.name} was trained for scales {first}-{last} only; here it would make scale {k}.",
+                "Let another model of its tokenizer make the others: --collab BIG:SMALL@N.",
+            )
         if row.depth is not None and row.depth > source.config["depth"]:
             raise ConfigError(f"schedule: scale {k} asks for {row.depth} blocks, {source.name} has {source.config['depth']}.")
         if row.depth is not None and row.attention != "dense":

@@ -15,6 +15,7 @@ from arsp.models.attention import DensePolicy
 from arsp.sparse.policy import LiteVARPolicy
 from arsp.sparse.profile import uniform_share
 from arsp.sparse.window import empty_windows
+from arsp.stack import StackConfig, check
 from arsp.zoo import bundle, load
 from arsp.zoo.load import load_model, resolve
 from arsp.zoo.steps import check_steps, load_steps, packaged_profile, parts_of, policy_of
@@ -37,6 +38,7 @@ def models(tmp_path):
         "vocab": tiny_var.teacher_bundle(tmp_path / "vocab", replace(tiny_var.CONFIG, vocab_size=8), vq=replace(tiny_var.VQ, vocab_size=8)),
         "width": tiny_var.teacher_bundle(tmp_path / "width", replace(tiny_var.CONFIG, code_dim=8), vq=replace(tiny_var.VQ, z_channels=8)),
         "classes": tiny_var.teacher_bundle(tmp_path / "classes", replace(tiny_var.CONFIG, num_classes=4)),
+        "refiner": tiny_var.teacher_bundle(tmp_path / "refiner", SMALL, scales=[2, 2]),
         "student": tiny_var.student_bundle(tmp_path / "student"),
         "raster": tiny_models.teacher_bundle(tmp_path / "raster"),
     }
@@ -73,6 +75,16 @@ def test_models_that_cannot_make_one_image_are_refused_with_the_reason(models, n
     with pytest.raises(ConfigError) as caught:
         check_steps(rows(ScaleRow(), ScaleRow(model=models[other])), resolve(models["big"]))
     assert reason in caught.value.message and caught.value.exit_code == 3
+
+
+def test_a_model_makes_only_the_scales_it_was_trained_for(models, no_weights):
+    big, refiner = resolve(models["big"]), ScaleRow(model=models["refiner"])
+    assert len(check_steps(rows(ScaleRow(), ScaleRow(), refiner), big)) == K
+    for refused in (rows(ScaleRow(), refiner), rows(refiner)):
+        with pytest.raises(ConfigError, match="trained for scales 2-2 only"):
+            check_steps(refused, big)
+    with pytest.raises(ConfigError, match="here it would make scale 0"):
+        check(StackConfig(model=models["refiner"]))
 
 
 def test_an_unknown_model_of_a_row_is_refused(models, no_weights):
