@@ -33,20 +33,30 @@ class DD1Config(StrictModel):
 class DD1Task(Task):
     """Trains ``student(labels_B, x_BLE, known_B) -> logits_BLV, vectors_BLE`` on trajectories."""
 
-    def __init__(self, student: nn.Module, codebook_VE: Tensor, config: DD1Config, training: Trajectories, held_out: Trajectories):
+    def __init__(
+        self,
+        student: nn.Module,
+        codebook_VE: Tensor,
+        config: DD1Config,
+        training: Trajectories,
+        held_out: Trajectories,
+        short: Trajectories | None = None,
+    ):
+        """``short``: further trajectories of the first ``config.short_codes`` codes, for short updates."""
         super().__init__()
         self.trained = student
         self.register_buffer("codebook", codebook_VE.detach().clone())
         self.config, self.training_set, self.held_out = config, training, held_out
+        first = training.first_codes(config.short_codes)
+        self.short_set = first if short is None else first.joined(short)
         self.probe: Callable[[nn.Module], dict[str, float]] | None = None  # further figures of the training curve
 
     def loss(self, step: int, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(self.training_set), (batch_size,), generator=generator)
+        cut = self.config.short and torch.rand((), generator=generator) < self.config.short
+        trajectories = self.short_set if cut else self.training_set
+        rows = torch.randint(len(trajectories), (batch_size,), generator=generator)
         which = torch.randint(len(self.config.known), (batch_size,), generator=generator)
-        length = None
-        if self.config.short and torch.rand((), generator=generator) < self.config.short:
-            length = self.config.short_codes
-        codes, labels, noise = (x.to(self.codebook.device) for x in self.training_set.batch(rows, length))
+        codes, labels, noise = (x.to(self.codebook.device) for x in trajectories.batch(rows))
         known = torch.tensor(self.config.known)[which].to(self.codebook.device)
         logits, vectors = self.trained(labels, trajectory_point(codes, noise, known, self.codebook), known)
         unknown = torch.arange(codes.shape[1], device=known.device) >= known[:, None]

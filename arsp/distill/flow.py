@@ -184,10 +184,12 @@ def sample_through_map(
     codebook: Tensor | FlowCodebook,
     settings: FlowSettings | None = None,
     callback: Callback | None = None,
+    stop: int | None = None,
 ) -> Generation:
     """Autoregressive sampling in which each code is ``flow_map(law, noise token)``: the trajectory of distilled decoding.
 
-    Same loop as ``sample_ar``. The stats add ``flow_nfe``, the mean number of posterior evaluations a token.
+    Same loop as ``sample_ar``. ``stop``: blocks that begin at or behind this position are left at 0. The stats add ``flow_nfe``, the
+    mean number of posterior evaluations a token.
     """
     book = codebook if isinstance(codebook, FlowCodebook) else prepare_codebook(codebook, settings)
     evaluations = []
@@ -198,8 +200,8 @@ def sample_through_map(
         evaluations.append(info["nfe"] * len(positions_m))
         return codes_N.view(log_p_BmV.shape[:2])
 
-    generation = decode_blocks(decoder, request, choose, pipeline, callback)
-    generation.stats["flow_nfe"] = sum(evaluations) / decoder.layout.num_tokens
+    generation = decode_blocks(decoder, request, choose, pipeline, callback, stop=stop)
+    generation.stats["flow_nfe"] = sum(evaluations) / (generation.stats["passes"] * generation.stats["tokens_per_pass"])
     return generation
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ class TrajectoryConfig(StrictModel):
 
     num: int = Field(24_000, ge=2, description="trajectories, held-out ones included")
     held_out: int = Field(1000, ge=1, description="of these kept for the held-out figures")
+    short: int = Field(0, ge=0, description="further ones of the first objective.short_codes codes only, for the short updates")
     shard_size: int = Field(2000, ge=1)
     batch_size: int = Field(500, ge=1)
     seed: int = Field(20_241_217, ge=0, lt=1 << 64, description="of labels, noise and therefore of every trajectory")
@@ -104,6 +106,8 @@ def check(config: DistillConfig, source: ModelSource) -> DistillConfig:
             + ("." if source.layout.is_raster else f" at the end of a scale, here {ends}."),
             "Or objective.short=0: every update trains all codes.",
         )
+    if config.trajectories.short and not config.objective.short:
+        raise ConfigError("trajectories.short: no update would read them.", "Give objective.short and objective.short_codes too.")
     if source.origin == "file" and config.tokenizer is None:
         raise InputError(
             f"{source.name} is an official file without a tokenizer, and the flow map needs its codebook.", "Give --tokenizer FILE."
@@ -138,20 +142,18 @@ def distill(
         pipeline,
         FlowSettings(solver=rule.solver, steps=rule.solver_steps),
     )
+    make = partial(
+        generate_shards, decoder=teacher.decoder(guidance), codebook_VE=book, rule=made, teacher_sha256=str(teacher.sha256),
+        shard_size=rule.shard_size, batch_size=rule.batch_size,
+    )  # fmt: skip
     with stage(rule.num, "trajectories") as advance:
-        shards = generate_shards(
-            directory / "trajectories",
-            teacher.decoder(guidance),
-            book,
-            made,
-            teacher_sha256=str(teacher.sha256),
-            num=rule.num,
-            shard_size=rule.shard_size,
-            batch_size=rule.batch_size,
-            progress=advance,
-        )
-    everything = load_shards(shards, book.shape[1])
-    task = make_task(config, teacher, everything, book)
+        everything = load_shards(make(directory / "trajectories", num=rule.num, progress=advance), book.shape[1])
+    short = None
+    if rule.short:
+        with stage(rule.short, "short trajectories") as advance:
+            part = {"first_id": rule.num, "num": rule.short, "length": config.objective.short_codes}
+            short = load_shards(make(directory / "trajectories-short", **part, progress=advance), book.shape[1])
+    task = make_task(config, teacher, everything, short, book)
     with stage(config.optim.steps, "train the student") as advance:
         state = fit(task, config.optim, directory, device=device, progress=advance, log=log)
     figures = {k: v for k, v in state["history"][-1].items() if k not in ("step", "minutes")} if state["history"] else {}
@@ -162,7 +164,9 @@ def distill(
     return Distilled(path, figures, curves, state)
 
 
-def make_task(config: DistillConfig, teacher: LoadedModel, everything: Trajectories, book: torch.Tensor) -> DD1Task:
+def make_task(
+    config: DistillConfig, teacher: LoadedModel, everything: Trajectories, short: Trajectories | None, book: torch.Tensor
+) -> DD1Task:
     """Student from the teacher, the held-out split, and the images probe of the training curve."""
     generator = torch.Generator().manual_seed(config.optim.seed)
     torch.manual_seed(config.optim.seed)
@@ -174,6 +178,7 @@ def make_task(config: DistillConfig, teacher: LoadedModel, everything: Trajector
         config.objective,
         everything.rows(slice(config.trajectories.held_out, None)),
         everything.rows(slice(0, config.trajectories.held_out)),
+        short,
     )
     dataset = teacher.source.card.get("dataset")
     if config.probe_images and dataset is not None:
@@ -253,6 +258,7 @@ def export(
             "steps": state["step"],
             "minutes": round(state["elapsed_s"] / 60, 1),
             "trajectories": config.trajectories.num,
+            **({"short_trajectories": config.trajectories.short} if config.trajectories.short else {}),
             "final": state["history"][-1] if state["history"] else None,
         },
         curves=curves,

@@ -1,8 +1,9 @@
 """Trajectory shards of distilled decoding: class labels and teacher codes; the noise is regenerated from (seed, sample id).
 
 A shard is one safetensors file, complete or absent, so generation resumes where it stopped and a shard's content does not
-depend on the batch size. ``labels (N,) int16``, ``tokens (N, L) int16|int32``, ``sample_ids (N,) int64``, and ``noise_check``,
-the first 64 noise values (the generator must agree bit for bit on the integers and to 1e-6 on the normals on every machine).
+depend on the batch size. ``labels (N,) int16``, ``tokens (N, L) int16|int32`` (of short ones the first of the L codes),
+``sample_ids (N,) int64``, and ``noise_check``, the first 64 noise values (the generator must agree bit for bit on the integers and to
+1e-6 on the normals on every machine).
 Metadata: teacher and codebook hashes, sampling rule, solver, seed, and a hash of the tensors.
 """
 
@@ -72,18 +73,23 @@ def generate_shards(
     *,
     teacher_sha256: str,
     num: int,
+    first_id: int = 0,
+    length: int | None = None,
     shard_size: int = 2048,
     batch_size: int = 512,
     progress: Callable[[int], None] = lambda n: None,
 ) -> list[Path]:
-    """Write the missing shards of samples ``0 .. num`` under ``folder`` and return all of them in order.
+    """Write the missing shards of samples ``first_id .. first_id + num`` under ``folder`` and return all of them in order.
+
+    ``length``: their first codes only (whole blocks), which cost that much less.
 
     Raises InputError when the folder holds damaged shards or some of another teacher or rule, Interrupted between batches when
     asked to stop.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    meta = rule.fingerprint(teacher_sha256, codebook_VE, decoder.layout.order)
-    counts = {first: min(shard_size, num - first) for first in range(0, num, shard_size)}
+    meta = rule.fingerprint(teacher_sha256, codebook_VE, decoder.layout.order) | ({"length": str(length)} if length else {})
+    L, end = length or decoder.layout.num_tokens, first_id + num
+    counts = {first: min(shard_size, end - first) for first in range(first_id, end, shard_size)}
     paths = {first: folder / f"shard-{first:08d}-{count}.safetensors" for first, count in counts.items()}
     for path in filter(Path.exists, paths.values()):  # before the long work
         _check_meta(path, meta)
@@ -97,15 +103,15 @@ def generate_shards(
         for start in range(first, first + count, batch_size):
             check_stop()
             request = shard_request(rule, start, min(batch_size, first + count - start), codebook_VE.device)
-            noise = request_noise(request, decoder.layout.num_tokens, codebook_VE.shape[1]).to(codebook_VE)
+            noise = request_noise(request, L, codebook_VE.shape[1]).to(codebook_VE)
             result = sample_through_map(
-                decoder, request, lambda positions, noise=noise: noise[:, positions], rule.pipeline, codebook_VE, rule.flow
+                decoder, request, lambda positions, noise=noise: noise[:, positions], rule.pipeline, codebook_VE, rule.flow, stop=length
             )
-            tokens.append(result.codes_BL.cpu())
+            tokens.append(result.codes_BL[:, :L].cpu())
             labels.append(request.labels_B.cpu())
             progress(request.batch_size)
         small = torch.int16 if codebook_VE.shape[0] <= 1 << 15 else torch.int32
-        check = request_noise(shard_request(rule, first, 1), decoder.layout.num_tokens, codebook_VE.shape[1]).flatten()[:64]
+        check = request_noise(shard_request(rule, first, 1), L, codebook_VE.shape[1]).flatten()[:64]
         with atomic_file(path) as temporary:
             tensors = {
                 "tokens": torch.cat(tokens).to(small),
@@ -134,9 +140,18 @@ class Trajectories:
         """A part of the set."""
         return Trajectories(self.tokens_NL[index], self.labels_N[index], self.sample_ids_N[index], self.seed, self.code_dim)
 
-    def batch(self, rows: Tensor, length: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """``codes_BL`` int64, ``labels_B`` int64 and the regenerated ``noise_BLE`` of these rows, of the first ``length`` positions."""
-        codes, labels = self.tokens_NL[rows, :length].long(), self.labels_N[rows].long()
+    def first_codes(self, length: int) -> Trajectories:
+        """The first ``length`` codes of each."""
+        return Trajectories(self.tokens_NL[:, :length], self.labels_N, self.sample_ids_N, self.seed, self.code_dim)
+
+    def joined(self, other: Trajectories) -> Trajectories:
+        """Both sets, of one seed and length."""
+        both = (torch.cat((getattr(self, name), getattr(other, name))) for name in ("tokens_NL", "labels_N", "sample_ids_N"))
+        return Trajectories(*both, self.seed, self.code_dim)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``codes_BL`` int64, ``labels_B`` int64 and the regenerated ``noise_BLE`` of these rows."""
+        codes, labels = self.tokens_NL[rows].long(), self.labels_N[rows].long()
         request = Request(self.sample_ids_N[rows], self.seed, labels_B=labels)
         return codes, labels, request_noise(request, codes.shape[1], self.code_dim)
 
