@@ -106,6 +106,20 @@ def test_short_updates_train_the_first_codes_only():
     assert (size[:6] > 0).any() and not size[6:].any()
 
 
+def test_short_updates_read_the_short_trajectories_too():
+    class Shown(Constant):
+        def forward(self, labels_B, x_BLE, known_B):
+            logits, vectors = super().forward(labels_B, x_BLE, known_B)
+            return logits[:, :6], vectors[:, :6]
+
+    short = nearest_code_set(40).first_codes(6)
+    short.labels_N = torch.full_like(short.labels_N, 9)  # a label that no whole trajectory has
+    student, config = Shown(), DD1Config(known=(0, 4), short=1.0, short_codes=6)
+    DD1Task(student, BOOK, config, nearest_code_set(40), nearest_code_set(4), short).loss(0, 256, draw())
+    share = (student.shown[-1][0] == 9).float().mean()
+    assert 0.3 < share < 0.7, f"half of 256 rows (6 standard deviations), found {share:.2f}"
+
+
 # -- the loss ---------------------------------------------------------------------------------------------------------------
 
 

@@ -75,6 +75,20 @@ def test_the_first_codes_alone_come_with_the_same_noise(tmp_path, decoder):
         assert torch.equal(short, whole if whole.ndim == 1 else whole[:, :5])
 
 
+def test_short_trajectories_are_the_first_codes_of_further_samples(tmp_path):
+    make_var = lambda name, **more: load_shards(  # noqa: E731
+        generate_shards(tmp_path / name, tiny_var.decoder(), VAR_BOOK, RULE, teacher_sha256="t", **more), 4
+    )
+    whole = make_var("whole", num=20)
+    short = make_var("short", num=8, first_id=12, length=5, shard_size=3)
+    assert short.sample_ids_N.tolist() == list(range(12, 20)) and torch.equal(short.tokens_NL, whole.tokens_NL[12:, :5])
+    both = whole.rows(slice(0, 12)).first_codes(5).joined(short)
+    for a, b in zip(both.batch(torch.arange(20)), whole.first_codes(5).batch(torch.arange(20)), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(InputError, match="another length"):
+        make_var("short", num=8, first_id=12, length=1, shard_size=3)
+
+
 def test_the_order_of_the_codes_is_part_of_the_rule(tmp_path, decoder):
     next_scale = generate_shards(tmp_path / "v", tiny_var.decoder(), VAR_BOOK, RULE, teacher_sha256="t", num=6)
     orders = [json.loads(metadata(path)["rule"])["order"] for path in (make(tmp_path / "r", decoder)[0], next_scale[0])]

@@ -63,7 +63,7 @@ def test_distilling_and_sampling_a_tiny_var(tmp_path):
     teacher = tiny_var.teacher_bundle(tmp_path / "t")
     short = ["trajectories.held_out=4", "trajectories.batch_size=8", "probe_images=0", "optim.eval_every=2", "optim.warmup=1"]
     words = ["distill", "--teacher", teacher, "--trajectories", 16, "--steps", 2, "--batch-size", 4, "--out", tmp_path / "run"]
-    result = invoke(*words, *short, "objective.short=0.5", "objective.short_codes=5")
+    result = invoke(*words, *short, "objective.short=0.5", "objective.short_codes=5", "trajectories.short=6")
     assert result.exit_code == 0, result.output
     source = resolve(str(tmp_path / "run"))
     assert (source.kind, source.family.name, source.card["known"]) == ("student", "var", [0, 1])
@@ -77,6 +77,7 @@ def test_distilling_and_sampling_a_tiny_var(tmp_path):
     [
         ({"second_step_at": 4}, r"ends of scales, \[0, 1, 5, 21\]"),
         ({"objective": {"known": (0,), "short": 0.5, "short_codes": 1}}, r"more than 1 and less than 21 codes at the end of a scale"),
+        ({"trajectories": {"short": 8}}, r"no update would read them"),
         ({"objective": {"known": (0,), "short": 0.5, "short_codes": 21}}, r"here \[5\]"),
     ],
 )
