@@ -23,7 +23,9 @@ BUDGET = {  # what is appended to the long ones
     "arsp train teacher": "--steps 2 --batch-size 2",
     "arsp train features": "--steps 2 --batch-size 2 optim.eval_every=2",
     "arsp bench llamagen-b-256": "--num 1 --repeats 1 --warmup 0",
+    "arsp bench var-d16": "--num 1 --repeats 1 --warmup 0",
     "arsp bench --compare": "--repeats 2",
+    "arsp sparsify": "--num 8",
 }
 
 
