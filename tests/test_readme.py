@@ -18,6 +18,7 @@ ARSP = [line for line in LINES if line.startswith("arsp ")]
 MAKE = [line for line in LINES if line.startswith("make ")]
 TINY_DISTILL = "--steps 2 --trajectories 60 trajectories.held_out=20 trajectories.batch_size=20 trajectories.shard_size=60 probe_images=20"
 BUDGET = {  # what is appended to the long ones
+    "arsp distill --teacher var": f"{TINY_DISTILL} trajectories.short=20",
     "arsp distill": TINY_DISTILL,
     "arsp train tokenizer": "--steps 2 --batch-size 2 optim.eval_every=2",
     "arsp train teacher": "--steps 2 --batch-size 2",
