@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 )
 def distill(
     ctx: CommandContext,
-    teacher: Annotated[Optional[str], typer.Option(help="Zoo name, bundle, or official file [default: llamagen, embedded]")] = None,
+    teacher: Annotated[
+        Optional[str], typer.Option("--teacher", "--model", help="Zoo name, bundle, or official file [default: llamagen, embedded]")
+    ] = None,
     tokenizer: Annotated[Optional[str], typer.Option(help="Tokenizer file of an official GPT file")] = None,
     method: Annotated[Optional[str], typer.Option(help="dd1 (arXiv 2412.17153)")] = None,
     student_steps: Annotated[Optional[int], typer.Option(help="1: one pass; 2: one student for one and two passes [default: 2]")] = None,

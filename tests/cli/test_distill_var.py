@@ -192,3 +192,9 @@ def test_both_recorded_prefixes_come_from_the_command_lines_configuration(case, 
     assert_same(made.codes_BL[:, : ends[config["t2"]]], expected, "codes of prefix and teacher")
     vectors = book[made.codes_BL] if made.embeddings_BLE is None else made.embeddings_BLE
     assert_close(vectors, io[f"out.combine.mid.out_{prefix}"], abs_tol=tolerance, what="sample")
+
+
+def test_the_teacher_may_be_called_model_as_everywhere_else():
+    plans = [invoke("distill", option, "var", "--dry-run") for option in ("--teacher", "--model")]
+    assert plans[0].exit_code == plans[1].exit_code == 0 and "teacher: var" in plans[1].stdout
+    assert plans[0].stdout == plans[1].stdout
