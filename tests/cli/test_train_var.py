@@ -67,14 +67,14 @@ def test_a_tokenizer_and_a_teacher_from_a_folder_make_images(place):
     record = record_of(tokenizer("vq"))
     assert {"psnr_db", "codes_used", "first_scale_codes", "psnr_db_scale_0", "psnr_db_scale_1"} <= figures(record).keys()
     assert load_tokenizer("vq").config == tiny_var.VQ
-    made = record_of(train("teacher", "var", "--tokenizer", "vq", *SIZES, "optim.steps=2", "sampling.cfg=0.75"))
+    made = record_of(train("teacher", "mine", "--tokenizer", "vq", *SIZES, "optim.steps=2", "sampling.cfg=0.75"))
     assert {"nats_per_token", "nats_per_image", "nats_scale_0", "nats_scale_2"} <= figures(made).keys()
-    loaded = load_model("var")
+    loaded = load_model("mine")
     assert loaded.source.family.name == "var" and loaded.source.card["classes"] == tiny_models.CLASSES
     assert loaded.module.config == tiny_var.CONFIG
     for key, value in load_file("vq/bundle/model.safetensors").items():
         assert torch.equal(loaded.tokenizer.state_dict()[key], value), key
-    sample = record_of(invoke("sample", "--model", "var", "--num", 2, "--class", "bee", "--json", "-q"))
+    sample = record_of(invoke("sample", "--model", "mine", "--num", 2, "--class", "bee", "--json", "-q"))
     assert sample["stack"]["cfg"] == 0.75 and sample["cost"]["passes"] == 3
     assert len(list((Path(sample["run_dir"]) / "images").iterdir())) == 2
 
