@@ -118,8 +118,9 @@ def parts_of(rows: list[ScaleRow], main: ModelSource) -> dict[str, str | None]:
     found = {name: stored_sha256(source) for name, source in models.items()}
     for row in rows:
         if row.attention != "dense" and not uniform_radius(row.attention.partition("=")[2]):
-            profile = row.attention.partition("=")[2] or packaged_profile(models.get(row.model, main))
-            found[profile] = read_manifest(resolve(profile).path)["sha256"]["profile.safetensors"]
+            given = row.attention.partition("=")[2]
+            path = given or packaged_profile(models.get(row.model, main))
+            found[given or Path(path).name] = read_manifest(resolve(path).path)["sha256"]["profile.safetensors"]
     return found
 
 

@@ -30,7 +30,8 @@ def test_images_show_the_class_that_was_asked_for(name):
 
 
 def test_windows_of_the_packaged_profile_are_run_and_not_only_masked():
-    *_, cost = sample_images("var", 2, apply=["litevar"])
+    *_, stack, cost = sample_images("var", 2, apply=["litevar"])
+    assert list(stack["parts"]) == ["var-litevar"]
     (report,) = cost["attention"]
     assert report["executed_share"] < 0.95 and report["pairs"]["executed"] < report["pairs"]["dense"] and not report["simulated"]
 
