@@ -20,6 +20,7 @@ TINY_DISTILL = "--steps 2 --trajectories 60 trajectories.held_out=20 trajectorie
 BUDGET = {  # what is appended to the long ones
     "arsp distill --teacher var": f"{TINY_DISTILL} trajectories.short=20",
     "arsp distill": TINY_DISTILL,
+    "arsp train tokenizer --family var": "--steps 2 --batch-size 2 optim.eval_every=2 vq.vocab_size=64",
     "arsp train tokenizer": "--steps 2 --batch-size 2 optim.eval_every=2",
     "arsp train teacher": "--steps 2 --batch-size 2",
     "arsp train features": "--steps 2 --batch-size 2 optim.eval_every=2",
