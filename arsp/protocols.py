@@ -99,6 +99,19 @@ class Generation:
     stats: dict[str, float] = field(default_factory=dict)  # passes, teacher_passes, kv_bytes, ...
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """Where the codes of a pass stand when they do not follow one another: the nodes of a tree, or several rows of an image at once.
+
+    Slots and positions count codes, the condition before them not included. ``visible_BnT``: the slots that each code sees, itself
+    included.
+    """
+
+    slots_Bn: Tensor  # int64, where keys and values are stored
+    positions_Bn: Tensor  # int64, which position of the sequence the code stands at
+    visible_BnT: Tensor  # bool
+
+
 @runtime_checkable
 class Decoder(Protocol):
     """An autoregressive model bound to its guidance; the only thing a sampler sees. All logits are *guided*, float32."""
@@ -111,11 +124,15 @@ class Decoder(Protocol):
         """A State with ``lengths_B == 0``; ``capacity`` = most tokens that will be fed (default: all but the last)."""
 
     def step(self, state: Any, codes_Bn: Tensor | None) -> Tensor:
-        """Feed n known tokens a row (None: only the condition) and return ``logits_BmV`` of the positions that became
-        predictable: raster gives m = n (m = 1 for None); next-scale gives the whole next scale."""
+        """Feed n known tokens a row and return ``logits_BmV`` of the positions that became predictable: raster gives m = n, one more
+        on the first pass, which feeds the condition too (None: nothing else); next-scale gives the whole next scale. A decoder that
+        rewinds also takes ``nodes``: tokens that do not follow one another."""
 
     def rewind(self, state: Any, lengths_B: Tensor) -> None:
         """Forget every token of row b at positions >= ``lengths_B[b]``."""
+
+    def keep(self, state: Any, slots_Bk: Tensor, lengths_B: Tensor) -> None:
+        """After a pass with nodes: the tokens at these slots become the last k of ``lengths_B[b]`` known ones (with ``rewind``)."""
 
     def select(self, state: Any, rows: Tensor) -> Any:
         """Keep only these rows (batch compaction)."""

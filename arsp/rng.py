@@ -31,6 +31,8 @@ class Purpose(enum.IntEnum):
     LABEL = 6
     METRIC = 7
     SMOOTH = 8  # Gumbel noise of smoothed vectors
+    DRAFT = 9  # drafts of the verify family
+    COUPLE = 10  # whether a draft survives a redraw
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from arsp.decode.guidance import Guidance
 from arsp.errors import ConfigError, UsageError
 from arsp.models.attention import AttentionContext, DensePolicy, KVCache
 from arsp.models.llamagen import GPT, prefix_mask
-from arsp.protocols import Capabilities, Layout, Request
+from arsp.protocols import Capabilities, Layout, Nodes, Request
 
 
 @dataclass
@@ -54,10 +54,9 @@ class RasterDecoder:
 
     @torch.inference_mode()
     def start(self, request: Request, capacity: int | None = None) -> RasterState:
-        """An empty state. ``capacity`` = most codes that will be fed (default L - 1: the last code predicts nothing)."""
+        """An empty state. ``capacity`` = cache slots for codes (default L - 1: the last code predicts nothing; trees take more)."""
         cfg = self.model.config
-        most = cfg.block_size - 1
-        capacity = most if capacity is None else min(capacity, most)
+        capacity = cfg.block_size - 1 if capacity is None else capacity
         condition, mask = self._condition(request)
         weight = self.model.output.weight
         prefix = self.model.cls_embedding(condition)
@@ -67,23 +66,32 @@ class RasterDecoder:
         return RasterState(prefix, mask, cache, lengths)
 
     @torch.inference_mode()
-    def step(self, state: RasterState, codes_Bn: Tensor | None) -> Tensor:
-        """Feed n codes a row (None: the condition alone) -> guided float32 ``logits_BmV`` of the m positions that follow them."""
-        if codes_Bn is None:
-            if state.prefilled:
-                raise UsageError("step(None) is the first call on a state; this one already holds its condition.")
-            return self._prefill(state)
-        if not state.prefilled:
-            self._prefill(state)
-        return self._extend(state, codes_Bn)
+    def step(self, state: RasterState, codes_Bn: Tensor | None, nodes: Nodes | None = None) -> Tensor:
+        """Feed n codes a row -> guided float32 ``logits_BmV`` of the positions that follow them. The first pass on a state also feeds the
+        condition, and its first logits are those of position 0 (m = n + 1; the condition alone for None).
+
+        With ``nodes`` the codes stand where these say; lengths stay as they are until :meth:`keep`.
+        """
+        if codes_Bn is None and state.prefilled:
+            raise UsageError("step(None) is the first call on a state; this one already holds its condition.")
+        if nodes is not None:
+            return self._step_nodes(state, codes_Bn, nodes)
+        return self._extend(state, codes_Bn) if state.prefilled else self._prefill(state, codes_Bn)
+
+    def keep(self, state: RasterState, slots_Bk: Tensor, lengths_B: Tensor) -> None:
+        """After a pass with nodes: the codes at the first cache slots ``slots_Bk[b]`` (ascending) become positions
+        ``lengths_B[b] - k ..``; row b then holds ``lengths_B[b]`` codes."""
+        P, k = self.model.config.cls_token_num, slots_Bk.shape[1]
+        target = lengths_B[:, None] - k + torch.arange(k, device=slots_Bk.device)
+        state.cache.move(P + slots_Bk, P + target)
+        self._stand_at(state, lengths_B)
 
     def rewind(self, state: RasterState, lengths_B: Tensor) -> None:
         """Forget codes at positions >= ``lengths_B[b]``; their cache slots are overwritten by the next pass."""
         lengths_B = lengths_B.to(state.lengths_B)
         if bool((lengths_B > state.lengths_B).any()) or bool((lengths_B < 0).any()):
             raise UsageError(f"rewind to {lengths_B.tolist()}: rows hold {state.lengths_B.tolist()} codes.")
-        state.lengths_B = lengths_B.clone()
-        state.uniform = int(lengths_B[0]) if bool((lengths_B == lengths_B[0]).all()) else None
+        self._stand_at(state, lengths_B)
 
     def select(self, state: RasterState, rows: Tensor) -> RasterState:
         """A state of these rows only (both guidance halves)."""
@@ -127,45 +135,88 @@ class RasterDecoder:
             captions, mask = torch.cat((captions, null)), None if mask is None else torch.cat((mask, mask))
         return captions, mask
 
-    def _prefill(self, state: RasterState) -> Tensor:
+    def _stand_at(self, state: RasterState, lengths_B: Tensor) -> None:
+        state.lengths_B = lengths_B.clone()
+        state.uniform = int(lengths_B[0]) if bool((lengths_B == lengths_B[0]).all()) else None
+
+    def _embed(self, codes_Bn: Tensor, guided: bool) -> Tensor:
+        h = self.model.tok_embeddings(codes_Bn)
+        return torch.cat((h, h)) if guided else h
+
+    def _room(self, state: RasterState, slots: int) -> None:
         P = self.model.config.cls_token_num
-        h = self._pass(state, state.prefix_RPC, start=0, positions_Bn=None)
-        state.prefilled = True
-        return self._guide(self.model.head(h[:, P - 1 :]), self.guidance.active, torch.zeros(1, dtype=torch.int64, device=h.device))
+        if P + slots > state.cache.capacity:
+            raise UsageError(f"step: {slots} codes do not fit, the capacity is {state.cache.capacity - P}.")
+
+    def _prefill(self, state: RasterState, codes_Bn: Tensor | None) -> Tensor:
+        P, h, n = self.model.config.cls_token_num, state.prefix_RPC, 0
+        if codes_Bn is not None:
+            n = codes_Bn.shape[1]
+            self._room(state, n)
+            h = torch.cat((h, self._embed(codes_Bn, self.guidance.active)), dim=1)
+        h = self._pass(state, h, start=0)
+        state.prefilled, state.uniform = True, n
+        state.lengths_B = state.lengths_B + n
+        return self._guide(self.model.head(h[:, P - 1 :]), self.guidance.active, torch.arange(n + 1, device=h.device))
 
     def _extend(self, state: RasterState, codes_Bn: Tensor) -> Tensor:
-        P, n, B = self.model.config.cls_token_num, codes_Bn.shape[1], state.batch_size
+        P, n = self.model.config.cls_token_num, codes_Bn.shape[1]
         longest = state.uniform if state.uniform is not None else int(state.lengths_B.max())
-        if P + longest + n > state.cache.capacity:
-            room = state.cache.capacity - P - longest
-            raise UsageError(f"step: {n} codes do not fit, {room} more positions are left (capacity {state.cache.capacity - P} codes).")
+        self._room(state, longest + n)
         offsets = torch.arange(n, device=codes_Bn.device)
         tokens = (longest if state.uniform is not None else state.lengths_B[:, None]) + offsets + 1  # indices of the predicted tokens
         lowest = longest if state.uniform is not None else int(state.lengths_B.min())
         guided = self.guidance.active and lowest + 1 <= self.guidance.last_guided
-        h = self.model.tok_embeddings(codes_Bn)
-        h = torch.cat((h, h)) if guided else h
+        h = self._embed(codes_Bn, guided)
         if state.uniform is not None:
-            h = self._pass(state, h, start=P + longest, positions_Bn=None)
+            h = self._pass(state, h, start=P + longest)
             state.uniform += n
         else:
-            positions = (P + state.lengths_B[:, None] + offsets).repeat(h.shape[0] // B, 1)
-            h = self._pass(state, h, start=None, positions_Bn=positions)
+            positions = (P + state.lengths_B[:, None] + offsets).repeat(2 if guided else 1, 1)
+            mask = _ragged_mask(state.caption_mask_RP, positions, int(positions.max()) + 1)
+            h = self._pass(state, h, positions_Rn=positions, mask=mask)
         state.lengths_B = state.lengths_B + n
         return self._guide(self.model.head(h), guided, tokens)
 
-    def _pass(self, state: RasterState, h_RnC: Tensor, *, start: int | None, positions_Bn: Tensor | None) -> Tensor:
+    def _step_nodes(self, state: RasterState, codes_Bn: Tensor, nodes: Nodes) -> Tensor:
+        P, fresh = self.model.config.cls_token_num, not state.prefilled
+        slots, positions, visible = nodes.slots_Bn, nodes.positions_Bn, nodes.visible_BnT
+        self._room(state, visible.shape[-1])
+        tokens = positions + 1
+        guided = self.guidance.active and (fresh or int(tokens.min()) <= self.guidance.last_guided)
+        h = self._embed(codes_Bn, guided)
+        halves = 2 if guided else 1
+        slots, positions, visible = (x.repeat(halves, *[1] * (x.dim() - 1)) for x in (P + slots, P + positions, visible))
+        sees = visible.new_ones(*visible.shape[:2], P) if state.caption_mask_RP is None else state.caption_mask_RP[: len(h), None].bool()
+        mask = torch.cat((sees.expand(*visible.shape[:2], P), visible), dim=-1)[:, None]
+        if fresh:
+            h = torch.cat((state.prefix_RPC, h), dim=1)
+            captions = state.caption_mask_RP
+            of_prefix = mask.new_ones(P, P).tril().expand(len(h), 1, P, P) if captions is None else prefix_mask(captions, P)
+            mask = torch.cat((torch.nn.functional.pad(of_prefix, (0, visible.shape[-1])), mask), dim=2)
+            ahead = torch.arange(P, device=h.device).expand(len(h), P)
+            slots, positions = torch.cat((ahead, slots), dim=1), torch.cat((ahead, positions), dim=1)
+            tokens = torch.cat((torch.zeros_like(tokens[:, :1]), tokens), dim=1)
+        h = self._pass(state, h, positions_Rn=positions, slots_Rn=slots, mask=mask)
+        state.prefilled = True
+        return self._guide(self.model.head(h[:, P - 1 :] if fresh else h), guided, tokens)
+
+    def _pass(
+        self, state: RasterState, h_RnC: Tensor, *, start: int | None = None, positions_Rn: Tensor | None = None,
+        slots_Rn: Tensor | None = None, mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """All blocks: new keys from slot ``start`` on, or where each row says (rotary position and slot differ inside a tree)."""
         R, n = h_RnC.shape[:2]
         table = self.model.rope_table(h_RnC.device)
         if start is not None:
             total, rope = start + n, table[start : start + n]
             mask = _uniform_mask(state.caption_mask_RP, R, n, start, h_RnC.device)
         else:
-            total, rope = int(positions_Bn.max()) + 1, table[positions_Bn]
-            mask = _ragged_mask(state.caption_mask_RP, positions_Bn, total)
+            total, rope = mask.shape[-1], table[positions_Rn]
         ctx = AttentionContext(
-            total=total, mask=mask, is_causal=mask is None and n > 1, cache=state.cache, start=start, positions_Bn=positions_Bn
-        )
+            total=total, mask=mask, is_causal=mask is None and n > 1, cache=state.cache, start=start,
+            positions_Bn=positions_Rn if slots_Rn is None else slots_Rn,
+        )  # fmt: skip
         state.passes += 1
         state.peak_kv_bytes = max(state.peak_kv_bytes, state.cache.bytes(total))
         return self.model.backbone(h_RnC, rope, ctx, self.policy)

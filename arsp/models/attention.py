@@ -63,7 +63,7 @@ class KVCache:
         return self.k[0].shape[2]
 
     def store(self, layer: int, k_BHnD: Tensor, v_BHnD: Tensor, start: int | None, positions_Bn: Tensor | None) -> None:
-        """Write n new slots per row: at ``start`` for all rows, or at ``positions_Bn`` where rows stand at different lengths."""
+        """Write n new slots per row: at ``start`` for all rows, or at slots ``positions_Bn`` where rows differ."""
         n = k_BHnD.shape[2]
         for cache, new in ((self.k[layer], k_BHnD), (self.v[layer], v_BHnD)):
             rows = new.shape[0]
@@ -72,6 +72,15 @@ class KVCache:
             else:
                 row_B1 = torch.arange(rows, device=new.device)[:, None]
                 cache[:rows][row_B1, :, positions_Bn[:rows]] = new.transpose(1, 2)
+
+    def move(self, source_Bk: Tensor, target_Bk: Tensor) -> None:
+        """Copy slots ``source_Bk[b]`` to ``target_Bk[b]``, of both guidance halves where there are two."""
+        for cache in (*self.k, *self.v):
+            halves = len(cache) // len(source_Bk)
+            rows, source, target = (
+                torch.arange(len(cache), device=cache.device)[:, None], source_Bk.repeat(halves, 1), target_Bk.repeat(halves, 1)
+            )  # fmt: skip
+            cache[rows, :, target] = cache[rows, :, source]
 
     def select(self, rows: Tensor, batch: int) -> KVCache:
         """A cache of these rows of a batch: of both guidance halves where a tensor holds two times ``batch`` rows."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arsp.errors import InputError
-from arsp.protocols import Capabilities, Layout, Request
+from arsp.protocols import Capabilities, Layout, Nodes, Request
 
 _MAX_JOINT = 1 << 24
 
@@ -24,6 +24,7 @@ class TabularState:
 
     codes_BT: Tensor
     lengths_B: Tensor
+    started: bool = False
 
     @property
     def capacity(self) -> int:
@@ -74,18 +75,36 @@ class TabularDecoder:
         lengths_B = torch.zeros(request.batch_size, dtype=torch.int64, device=device)
         return TabularState(torch.zeros(size, dtype=torch.int64, device=device), lengths_B)
 
-    def step(self, state: TabularState, codes_Bn: Tensor | None) -> Tensor:
-        """Append ``codes_Bn`` to each row at its own length; logits of the n positions that follow each of them (one for None)."""
-        if codes_Bn is None:
-            return self._law_after(state.codes_BT, state.lengths_B)[:, None]
-        columns = []
-        for code_B in codes_Bn.unbind(dim=1):
-            if int(state.lengths_B.max()) >= state.capacity:
-                raise InputError(f"step: more than {state.capacity} tokens fed.", hint="give start() a larger capacity")
+    def step(self, state: TabularState, codes_Bn: Tensor | None, nodes: Nodes | None = None) -> Tensor:
+        """Append ``codes_Bn`` to each row at its own length, or put them where ``nodes`` say; logits of the position that follows each of
+        them, on the first pass of position 0 before these."""
+        columns = [] if state.started else [self._law_after(state.codes_BT, state.lengths_B)]
+        state.started = True
+        if nodes is not None:
+            self._room(state, nodes.visible_BnT.shape[-1])
+            state.codes_BT.scatter_(1, nodes.slots_Bn, codes_Bn)
+            for node in range(codes_Bn.shape[1]):
+                seen = nodes.visible_BnT[:, node]
+                order = (~seen).to(torch.int64).sort(dim=1, stable=True).indices  # visible slots first, in order
+                columns.append(self._law_after(state.codes_BT.gather(1, order), seen.sum(1)))
+            return torch.stack(columns, dim=1)
+        for code_B in codes_Bn.unbind(dim=1) if codes_Bn is not None else ():
+            self._room(state, int(state.lengths_B.max()) + 1)
             state.codes_BT.scatter_(1, state.lengths_B[:, None], code_B[:, None])
-            state.lengths_B += 1
+            state.lengths_B = state.lengths_B + 1
             columns.append(self._law_after(state.codes_BT, state.lengths_B))
         return torch.stack(columns, dim=1)
+
+    def _room(self, state: TabularState, tokens: int) -> None:
+        if tokens > state.capacity:
+            raise InputError(f"step: more than {state.capacity} tokens fed.", hint="give start() a larger capacity")
+
+    def keep(self, state: TabularState, slots_Bk: Tensor, lengths_B: Tensor) -> None:
+        """The codes at these slots become the last of the ``lengths_B`` known ones of each row."""
+        k = slots_Bk.shape[1]
+        target = lengths_B[:, None] - k + torch.arange(k, device=slots_Bk.device)
+        state.codes_BT.scatter_(1, target, state.codes_BT.gather(1, slots_Bk))
+        state.lengths_B = lengths_B.clone()
 
     def rewind(self, state: TabularState, lengths_B: Tensor) -> None:
         """Forget the codes of row b at positions >= ``lengths_B[b]``."""
@@ -93,7 +112,7 @@ class TabularDecoder:
 
     def select(self, state: TabularState, rows: Tensor) -> TabularState:
         """The state of a subset of rows."""
-        return TabularState(state.codes_BT[rows], state.lengths_B[rows])
+        return TabularState(state.codes_BT[rows], state.lengths_B[rows], state.started)
 
     def teacher_forced(self, request: Request, codes_BL: Tensor) -> Tensor:
         """``logits_BLV`` of every position given the true codes before it."""

@@ -116,7 +116,7 @@ def test_too_many_codes_and_impossible_rewinds_are_one_clear_error(gpt):
     decoder = RasterDecoder(gpt)
     state = decoder.start(request(), capacity=4)
     decoder.step(state, codes()[:, :3])
-    with pytest.raises(ArspError, match="2 codes do not fit, 1 more"):
+    with pytest.raises(ArspError, match="5 codes do not fit, the capacity is 4"):
         decoder.step(state, codes()[:, :2])
     with pytest.raises(ArspError, match="rewind"):
         decoder.rewind(state, torch.tensor([4, 0, 0]))
