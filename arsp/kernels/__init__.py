@@ -17,13 +17,18 @@ from torch import Tensor
 from arsp.errors import ConfigError, ResourceError, nearest
 from arsp.kernels import build, ops, reference
 
-__all__ = ["BACKENDS", "MAX_ROWS", "OPS", "backends", "set_backend", "skips_windows", "small_linear", "windowed_scale_attention"]
+__all__ = [
+    "BACKENDS", "MAX_ROWS", "OPS", "backends", "keyed_argmax", "set_backend", "skips_windows", "small_linear", "verify",
+    "windowed_scale_attention",
+]  # fmt: skip
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 MAX_ROWS = 16  # up to here the weights are what a linear layer waits for; beyond, torch's blocked product is better
 OPS = {  # name -> where its compiled kernel is used
     "small_linear": f"float32 and bfloat16, up to {MAX_ROWS} rows on the CPU without gradient, torch otherwise",
     "windowed_scale_attention": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
+    "keyed_argmax": "on the CPU without gradient, torch otherwise",
+    "verify": "on the CPU without gradient, torch otherwise",
 }
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -159,3 +164,64 @@ def _check_windowed(q_BHnD: Tensor, k_BHTD: Tensor, v_GHTD: Tensor, windows_Hs: 
         raise ConfigError(f"windowed_scale_attention: windows are {windows_Hs.dtype}, expected torch.int32.")
     if not q_BHnD.dtype == k_BHTD.dtype == v_GHTD.dtype:
         raise ConfigError(f"windowed_scale_attention: q, k, v differ in type: {q_BHnD.dtype}, {k_BHTD.dtype}, {v_GHTD.dtype}.")
+
+
+def keyed_argmax(log_w_RV: Tensor, seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0) -> Tensor:
+    """Keyed Gumbel-argmax draws ``argmax_x(log w[x] + g(x))``, the smallest id on ties: int64 ``(R,)``.
+
+    Args:
+        log_w_RV: float32 logarithms of weights that need not sum to 1; -inf removes a code.
+        seed, ids_R, positions_R, purpose, stream: the key of the noise. ``g = -log(-log u)``, ``u`` = ``arsp.rng.keyed_uniform`` bit for
+            bit. ids and positions are int64 below 2^32, the seed has 64 bits.
+
+    Returns -1 for a row whose maximum is not finite (a NaN, or every code removed). ConfigError: shapes that do not fit together.
+    """
+    _check_rows("keyed_argmax", log_w_RV, ids=ids_R, positions=positions_R)
+    log_w_RV = log_w_RV.float()
+    apply = ops.keyed_argmax if _applies(log_w_RV) else reference.keyed_argmax
+    return apply(log_w_RV, _signed(seed), ids_R, positions_R, int(purpose), stream)
+
+
+def verify(
+    logits_RV: Tensor, drafts_R: Tensor, temperature: float, top_k: int, top_p: float,
+    seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The law of every row of logits after temperature, top-k and top-p, a keyed draw from it, and the log-probability of a draft.
+
+    Args:
+        logits_RV: one law a row. Rows may be views with any distance between them; the last stride should be 1.
+        drafts_R: int64 codes to look up, negative where there is none.
+        temperature, top_k, top_p: as in :class:`arsp.decode.filters.LogitsPipeline`; temperature 0 is greedy, top_k 0 or >= V and top_p 1
+            keep everything. Logits are divided by max(temperature, 1e-5). Masses are summed in float64.
+        seed, ids_R, positions_R, purpose, stream: the key of the noise, as in :func:`keyed_argmax`.
+
+    Returns, all ``(R,)``:
+        codes: int64, :func:`keyed_argmax` of the law (the first best code when greedy).
+        log_p: float32, log-probability of the draft, -inf where the filters removed it, 0 without a draft.
+        lse, threshold: float32, last: int64. The law: ``log p(x) = logits[x] / temperature - lse`` where ``logits[x] / temperature`` is
+            above ``threshold``, or equal to it and ``x <= last``; -inf elsewhere. ``last`` is V - 1 unless top-p cuts between equal logits.
+            Greedy: temperature 1, lse = threshold = the maximum, last = its first code.
+
+    A row without a finite maximum (a NaN, +inf, or every code at -inf) has codes = last = -1 and NaN elsewhere.
+    ConfigError: shapes that do not fit together.
+    """
+    _check_rows("verify", logits_RV, drafts=drafts_R, ids=ids_R, positions=positions_R)
+    logits_RV = logits_RV.float()
+    apply = ops.verify if _applies(logits_RV) else reference.verify
+    return apply(logits_RV, drafts_R, temperature, top_k, top_p, _signed(seed), ids_R, positions_R, int(purpose), stream)
+
+
+def _signed(seed: int) -> int:
+    """The 64-bit seed as operators take it."""
+    return ((seed + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
+
+
+def _check_rows(op: str, logits_RV: Tensor, **rows: Tensor) -> None:
+    if logits_RV.dim() != 2 or logits_RV.shape[1] == 0:
+        raise ConfigError(f"{op}: expected one row of V >= 1 logits a law, got shape {tuple(logits_RV.shape)}.")
+    for name, tensor in rows.items():
+        if tensor.shape != logits_RV.shape[:1] or tensor.dtype != torch.int64:
+            raise ConfigError(
+                f"{op}: {name} has shape {tuple(tensor.shape)} and type {tensor.dtype}, expected ({len(logits_RV)},) and torch.int64.",
+                "There is one value for each row of logits.",
+            )

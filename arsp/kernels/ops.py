@@ -36,5 +36,36 @@ def _(q_BHnD: Tensor, k_BHTD: Tensor, v_GHTD: Tensor, windows_Hs: Tensor, sides:
     return q_BHnD.new_empty((v_GHTD.shape[0], *q_BHnD.shape[1:3], v_GHTD.shape[3]))
 
 
+torch.library.define("arsp::keyed_argmax", "(Tensor log_w, int seed, Tensor ids, Tensor positions, int purpose, int stream=0) -> Tensor")
+torch.library.impl("arsp::keyed_argmax", "CompositeExplicitAutograd", reference.keyed_argmax)
+
+
+@torch.library.register_fake("arsp::keyed_argmax")
+def _(log_w_RV: Tensor, seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0) -> Tensor:
+    torch._check(log_w_RV.dim() == 2, lambda: "keyed_argmax: expected log_w (R, V)")
+    return ids_R.new_empty(log_w_RV.shape[0])
+
+
+torch.library.define(
+    "arsp::verify",
+    "(Tensor logits, Tensor drafts, float temperature, int top_k, float top_p, int seed, Tensor ids, Tensor positions, int purpose, "
+    "int stream=0) -> (Tensor codes, Tensor log_p, Tensor lse, Tensor threshold, Tensor last)",
+)
+torch.library.impl("arsp::verify", "CompositeExplicitAutograd", reference.verify)
+
+
+@torch.library.register_fake("arsp::verify")
+def _(
+    logits_RV: Tensor, drafts_R: Tensor, temperature: float, top_k: int, top_p: float,
+    seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    torch._check(logits_RV.dim() == 2, lambda: "verify: expected logits (R, V)")
+    codes_R, last_R = (drafts_R.new_empty(logits_RV.shape[0]) for _ in range(2))
+    log_p_R, lse_R, threshold_R = (logits_RV.new_empty(logits_RV.shape[0], dtype=torch.float32) for _ in range(3))
+    return codes_R, log_p_R, lse_R, threshold_R, last_R
+
+
 small_linear = torch.ops.arsp.small_linear.default
 windowed_scale_attention = torch.ops.arsp.windowed_scale_attention.default
+keyed_argmax = torch.ops.arsp.keyed_argmax.default
+verify = torch.ops.arsp.verify.default

@@ -8,6 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arsp.rng import Purpose, keyed_uniform
+
+MIN_TEMPERATURE = 1e-5  # what a positive temperature is raised to before logits are divided by it
+_NOISE_ELEMENTS = {"cpu": 1 << 16}  # Gumbel noise made at once: larger leaves the cache, smaller pays per call
+_NOISE_ELEMENTS_DEVICE = 1 << 24
+
 
 def small_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """``y = x weight^T``, shape (M, N), dtype of ``x``. Operands of two dtypes are multiplied in float32."""
@@ -44,3 +50,67 @@ def _distance(queries: int, keys: int, device: torch.device) -> Tensor:
     along = (2 * queries * row_1u - ((2 * y_n1 + 1) * keys - queries)).abs()
     both = torch.maximum(along[:, None, :, None], along[None, :, None, :])  # (y, x, row, column)
     return both.reshape(queries**2, keys**2)
+
+
+def keyed_argmax(log_w_RV: Tensor, seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0) -> Tensor:
+    """``argmax_x(log w[x] + g(x))`` of every row, the smallest id on ties; -1 where that maximum is not finite.
+
+    ``g = -log(-log u)`` with ``u`` of :func:`arsp.rng.keyed_uniform`: rows in pieces, so that the noise stays small.
+    """
+    num_rows, num_codes = log_w_RV.shape
+    rows = max(1, _NOISE_ELEMENTS.get(log_w_RV.device.type, _NOISE_ELEMENTS_DEVICE) // num_codes)
+    codes_R = ids_R.new_empty(num_rows)
+    for piece in (slice(start, start + rows) for start in range(0, num_rows, rows)):
+        uniform_rV = keyed_uniform(seed, ids_R[piece], positions_R[piece], Purpose(purpose), num_codes, stream)
+        best = (log_w_RV[piece] - torch.log(-torch.log(uniform_rV))).max(dim=-1)  # the first of equal maxima
+        codes_R[piece] = torch.where(best.values.isfinite(), best.indices, -1)
+    return codes_R
+
+
+def verify(
+    logits_RV: Tensor, drafts_R: Tensor, temperature: float, top_k: int, top_p: float,
+    seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(codes, log_p, lse, threshold, last)`` of every row; :func:`arsp.kernels.verify` has the definitions."""
+    scaled_RV = logits_RV.float() / (max(temperature, MIN_TEMPERATURE) if temperature else 1.0)
+    best = scaled_RV.max(dim=-1, keepdim=True)  # the first of equal maxima
+    if temperature == 0:
+        lse_R1, threshold_R1, last_R1 = best.values, best.values, best.indices
+    else:
+        threshold_R1, last_R1 = _cut(scaled_RV, top_k, top_p)
+    ids_V = torch.arange(scaled_RV.shape[-1], device=scaled_RV.device)
+    kept_RV = (scaled_RV > threshold_R1) | ((scaled_RV == threshold_R1) & (ids_V <= last_R1))
+    if temperature != 0:
+        lse_R1 = scaled_RV.masked_fill(~kept_RV, -torch.inf).double().logsumexp(-1, keepdim=True).float()
+    log_p_RV = (scaled_RV - lse_R1).masked_fill(~kept_RV, -torch.inf)
+    codes_R = last_R1.squeeze(-1) if temperature == 0 else keyed_argmax(log_p_RV, seed, ids_R, positions_R, purpose, stream)
+    log_p_R = log_p_RV.gather(-1, drafts_R.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    valid_R = best.values.squeeze(-1).isfinite()
+    return (
+        torch.where(valid_R, codes_R, -1),
+        torch.where(valid_R, log_p_R, torch.nan).masked_fill(drafts_R < 0, 0.0),
+        torch.where(valid_R, lse_R1.squeeze(-1), torch.nan),
+        torch.where(valid_R, threshold_R1.squeeze(-1), torch.nan),
+        torch.where(valid_R, last_R1.squeeze(-1), -1),
+    )
+
+
+def _cut(scaled_RV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Threshold and last id (R, 1) of what top-k and then top-p keep. Masses are summed in float64."""
+    num_codes = scaled_RV.shape[-1]
+    threshold_R1 = scaled_RV.new_full((len(scaled_RV), 1), -torch.inf)
+    last_R1 = torch.full_like(threshold_R1, num_codes - 1, dtype=torch.int64)
+    if 0 < top_k < num_codes:
+        threshold_R1 = scaled_RV.topk(top_k, dim=-1).values[:, -1:]
+    if top_p >= 1:
+        return threshold_R1, last_R1
+    kept_RV = scaled_RV.masked_fill(scaled_RV < threshold_R1, -torch.inf)
+    ordered = kept_RV.sort(dim=-1, descending=True, stable=True)  # smaller ids first among equals
+    mass_RV = ordered.values.double().softmax(-1).cumsum(-1)
+    place_R1 = (mass_RV[:, :-1] <= top_p).sum(-1, keepdim=True).clamp(max=num_codes - 1)
+    cut_R1 = ordered.values.gather(-1, place_R1)
+    next_R1 = ordered.values.gather(-1, (place_R1 + 1).clamp(max=num_codes - 1))
+    tie_R1 = (next_R1 == cut_R1) & (place_R1 < num_codes - 1)  # equal logits on both sides of the cut
+    within_R1 = cut_R1 > -torch.inf  # otherwise top-p removes nothing
+    last_R1 = torch.where(tie_R1 & within_R1, ordered.indices.gather(-1, place_R1), last_R1)
+    return torch.where(within_R1, cut_R1, threshold_R1), last_R1
