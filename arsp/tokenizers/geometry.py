@@ -47,7 +47,7 @@ class CodebookGeometry:
         V = len(self.codebook_VE)
         k = min(k, V - 1)
         small = torch.uint16 if V <= 1 << 16 else torch.int32
-        made = self._cached(f"nearest-{k}", lambda: {"nearest_Vk": self._nearest(k).to(small)}, {"nearest_Vk": (small, (V, k))})
+        made = self._cached(f"nearest-{k}", lambda: {"nearest_Vk": self._nearest(k, small)}, {"nearest_Vk": (small, (V, k))})
         return made["nearest_Vk"].to(torch.int64)
 
     def clusters(self, num: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -63,18 +63,19 @@ class CodebookGeometry:
         """Squared L2 distance of pairs of codes; the two int64 shapes broadcast."""
         return (self.codebook_VE[a_codes] - self.codebook_VE[b_codes]).square().sum(-1)
 
-    def _nearest(self, k: int) -> Tensor:
+    def _nearest(self, k: int, dtype: torch.dtype) -> Tensor:
         """Ids ``(V, k)``, a block of rows at a time. Bits of a float32 >= 0 sort as integers: (distance, id) is one key of 64 bits."""
         codebook, V = self.codebook_VE.double(), len(self.codebook_VE)
         ids = torch.arange(V, device=codebook.device)
-        parts = []
-        for block in ids.split(max(1, _BLOCK_ELEMENTS // V)):
+        nearest_Vk = torch.empty(V, k, dtype=dtype, device=codebook.device)
+        rows = max(1, _BLOCK_ELEMENTS // V)
+        for block, part in zip(ids.split(rows), nearest_Vk.split(rows), strict=True):
             # not by matrix products: equal codes have to have equal distances
             distance = torch.cdist(codebook[block], codebook, compute_mode="donot_use_mm_for_euclid_dist").float()
             distance[torch.arange(len(block)), block] = torch.inf
             keys = (distance.view(torch.int32).to(torch.int64) << 32) | ids
-            parts.append(keys.topk(k, largest=False).values & 0xFFFFFFFF)
-        return torch.cat(parts)
+            part.copy_(keys.topk(k, largest=False).values & 0xFFFFFFFF)
+        return nearest_Vk
 
     def _clusters(self, num: int, seed: int) -> dict[str, Tensor]:
         from scipy.cluster.vq import kmeans2, vq

@@ -62,7 +62,7 @@ def test_equally_far_codes_come_in_the_order_of_their_ids():
 @pytest.mark.parametrize("V, kept", [(97, torch.uint16), (65_536, torch.uint16), (65_537, torch.int32)])
 def test_ids_are_kept_in_as_few_bytes_as_they_need(cache, monkeypatch, V, kept):
     highest = torch.full((V, 1), V - 1)
-    monkeypatch.setattr(CodebookGeometry, "_nearest", lambda self, k: highest)
+    monkeypatch.setattr(CodebookGeometry, "_nearest", lambda self, k, dtype: highest.to(dtype))
     assert_same(CodebookGeometry(codebook(V, 1)).nearest(1), highest, "nearest")
     (file,) = cache.iterdir()
     assert load_file(file)["nearest_Vk"].dtype == kept
