@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arsp.errors import ConfigError
+from arsp import kernels
+from arsp.decode.law import Law
+from arsp.errors import ConfigError, NumericalError
+from arsp.rng import Purpose
 
 MIN_TEMPERATURE = 1e-5  # the LlamaGen release divides by max(temperature, 1e-5)
 
@@ -48,6 +51,27 @@ class LogitsPipeline:
         if self.temperature == 0:
             return _one_hot_log_probs(logits)
         return torch.log_softmax(self.masked_logits(logits), dim=-1)
+
+    def verify(
+        self, logits_BmV: Tensor, drafts_Bm: Tensor, seed: int, sample_ids_B: Tensor, positions_Bm: Tensor, purpose: Purpose, stream: int = 0
+    ) -> tuple[Law, Tensor, Tensor]:  # fmt: skip
+        """One look at the logits: the law, a keyed draw from it ``codes_Bm`` (as ``arsp.decode.ar.draw_codes``), and the log-probability
+        ``(B, m)`` of ``drafts_Bm``. NumericalError where a law has no possible code or holds a NaN."""
+        shape = logits_BmV.shape[:2]
+        if self.top_h > 0:  # the kernel has no entropy-bounded cut: filter first, then nothing is left to cut
+            logits_BmV, rule = self.masked_logits(logits_BmV), (1.0, 0, 1.0)
+        else:
+            rule = (self.temperature, int(self.top_k), self.top_p)
+        drawn, log_p, *law = kernels.verify(
+            logits_BmV.flatten(0, 1), drafts_Bm.flatten(), *rule, seed, sample_ids_B[:, None].expand(shape).flatten(),
+            positions_Bm.flatten(), int(purpose), stream,
+        )  # fmt: skip
+        if bool((drawn < 0).any()):
+            raise NumericalError(
+                "a law without possible codes: its logits are all -inf or hold a NaN.", "Check the weights and --temperature."
+            )
+        scale = 1.0 if rule[0] == 0 else max(rule[0], MIN_TEMPERATURE)
+        return Law(logits_BmV, *(x.view(shape) for x in law), scale), drawn.view(shape), log_p.view(shape)
 
     def masked_logits(self, logits: Tensor) -> Tensor:
         """Float32 logits ``(..., V)`` after the official division by ``max(temperature, 1e-5)``, removed codes at -inf."""

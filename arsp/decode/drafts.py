@@ -1,0 +1,173 @@
+"""Drafts of the verify family: guessed codes, the law that each was drawn from, and where first guesses come from.
+
+What decides exactness is the *recorded* law, not how good a guess is: a proposal is exact if the law it really had, given the positions
+before it, is what it is tested against. A deterministic guess has a one-hot law.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from arsp.decode.law import Law
+from arsp.errors import ConfigError, nearest
+from arsp.kernels import keyed_argmax
+from arsp.protocols import Request
+from arsp.rng import Purpose, keyed_uniform
+
+ONE_HOT, UNIFORM, PRIOR = -1, -2, -3  # laws that need no storage; a number >= 0 is a position of ``Tape.laws``
+INITIALISERS = {  # name -> the law it records
+    "random_uniform": "1/V for every code",
+    "random_onehot": "one-hot",
+    "repeat_left": "one-hot; the first column is random, 1/V",
+    "repeat_above": "one-hot; the first row is random, 1/V",
+    "prior": "code frequencies of the teacher by class and position",
+    "left_law": "the law of the last position that has one; at the start 1/V",
+}
+
+
+@dataclass
+class Tape:
+    """The rows of a batch that are not finished: known codes, then drafts, and the law of each draft.
+
+    ``known_B`` codes of a row are final, those up to ``drafted_B`` are drafts. ``laws`` come from one pass: O(window V) memory, and
+    None where no law is needed.
+    """
+
+    request: Request
+    vocab_size: int
+    codes_BL: Tensor
+    known_B: Tensor
+    drafted_B: Tensor
+    source_BL: Tensor  # law of the draft: ONE_HOT, UNIFORM, PRIOR, or its position in ``laws``
+    rows_B: Tensor  # which row of the whole request this is
+    uniform_BL: Tensor  # for the test of the draft at each position: a position is tested once in a way that counts
+    laws: Law | None = None
+    prior_BLV: Tensor | None = None  # probabilities
+    passes: int = 0
+
+    @staticmethod
+    def of(request: Request, length: int, vocab_size: int, prior_YLV: Tensor | None = None) -> Tape:
+        """Nothing known yet. ``prior_YLV``: probabilities by class, position and code."""
+        ids = request.sample_ids_B
+        codes, none, rows = ids.new_zeros(len(ids), length), torch.zeros_like(ids), torch.arange(len(ids), device=ids.device)
+        labels = request.labels_B if request.labels_B is not None else none
+        prior = None if prior_YLV is None else prior_YLV.to(ids.device)[labels]
+        uniform = keyed_uniform(request.seed, ids[:, None], torch.arange(length, device=ids.device), Purpose.ACCEPT, 1)[..., 0]
+        return Tape(request, vocab_size, codes, none, none, torch.full_like(codes, ONE_HOT), rows, uniform, prior_BLV=prior)
+
+    def __len__(self) -> int:
+        return len(self.known_B)
+
+    @property
+    def length(self) -> int:
+        return self.codes_BL.shape[1]
+
+    @property
+    def ids_B(self) -> Tensor:
+        return self.request.sample_ids_B
+
+    def select(self, rows: Tensor) -> Tape:
+        """The tape of these rows only."""
+        pick = lambda x: None if x is None else x[rows]  # noqa: E731
+        laws = None if self.laws is None else self.laws.select(rows)
+        return Tape(
+            self.request.rows(rows), self.vocab_size, self.codes_BL[rows], self.known_B[rows], self.drafted_B[rows], self.source_BL[rows],
+            self.rows_B[rows], self.uniform_BL[rows], laws, pick(self.prior_BLV), self.passes,
+        )  # fmt: skip
+
+    def draw(
+        self, log_w_BmV: Tensor, positions_Bm: Tensor, purpose: Purpose, stream: int = 0, rows_B: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Codes ``(B, m)`` drawn from log-weights of all rows, or of ``rows_B``, keyed by seed, sample and position."""
+        ids = (self.ids_B if rows_B is None else self.ids_B[rows_B])[:, None].expand(positions_Bm.shape).flatten()
+        flat = log_w_BmV.flatten(0, 1)
+        return keyed_argmax(flat, self.request.seed, ids, positions_Bm.flatten(), int(purpose), stream).view(positions_Bm.shape)
+
+    def log_q(self, positions_Bm: Tensor, codes_BmK: Tensor) -> Tensor:
+        """Log-probabilities ``(B, m, K)`` of K codes under the laws recorded for the drafts at these positions."""
+        source = self.source_BL.gather(1, positions_Bm).unsqueeze(-1)
+        own = self.codes_BL.gather(1, positions_Bm).unsqueeze(-1) == codes_BmK
+        log_q = torch.zeros(codes_BmK.shape, device=own.device).masked_fill_(~own, -torch.inf)
+        log_q = torch.where(source == UNIFORM, -torch.tensor(float(self.vocab_size)).log(), log_q)
+        if self.prior_BLV is not None:
+            rows = torch.arange(len(self), device=own.device)[:, None, None]
+            log_q = torch.where(source == PRIOR, self.prior_BLV[rows, positions_Bm.unsqueeze(-1), codes_BmK].log(), log_q)
+        if self.laws is not None:
+            log_q = torch.where(source >= 0, self.laws.log_prob(codes_BmK, source.squeeze(-1).clamp_min(0)), log_q)
+        return log_q
+
+    def q(self, rows_r: Tensor, positions_rm: Tensor) -> Tensor:
+        """Dense probabilities ``(r, m, V)`` of the laws recorded for some rows at some positions."""
+        row = rows_r.unsqueeze(-1)
+        source = self.source_BL[row, positions_rm].unsqueeze(-1)
+        q = torch.nn.functional.one_hot(self.codes_BL[row, positions_rm], self.vocab_size).float()
+        q = torch.where(source == UNIFORM, 1.0 / self.vocab_size, q)
+        if self.prior_BLV is not None:
+            q = torch.where(source == PRIOR, self.prior_BLV[row, positions_rm], q)
+        if self.laws is not None:
+            q = torch.where(source >= 0, self.laws.at(rows_r, source.squeeze(-1).clamp_min(0)).log_probs().exp(), q)
+        return q
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one row kept between two passes, beside its codes and its cache."""
+        return 0 if self.laws is None else self.laws.bytes // len(self)
+
+
+class Initialiser:
+    """First guesses for positions that no pass has looked at. ``purpose``: with the noise of the draw that has to be met (TOKEN) a guess
+    from a law near the truth is most often right; a rule that tests drafts needs noise of its own (INIT)."""
+
+    def __init__(self, name: str, width: int, purpose: Purpose = Purpose.INIT):
+        if name not in INITIALISERS:
+            raise ConfigError(f"--init {name}: unknown initialiser.", nearest(name, INITIALISERS))
+        self.name, self.width, self.purpose = name, width, purpose
+
+    def fill(self, tape: Tape, stop_B: Tensor) -> None:
+        """Drafts for positions ``drafted_B .. stop_B - 1``, and the laws they have."""
+        start_B = torch.maximum(tape.drafted_B, tape.known_B)
+        num = int((stop_B - start_B).max())
+        if num <= 0:
+            return
+        positions = start_B[:, None] + torch.arange(num, device=stop_B.device)
+        wanted = positions < stop_B[:, None]
+        at = positions.clamp_max(tape.length - 1)
+        codes, source = self._guess(tape, at, start_B[:, None])
+        tape.codes_BL = tape.codes_BL.scatter(1, at, torch.where(wanted, codes, tape.codes_BL.gather(1, at)))
+        tape.source_BL = tape.source_BL.scatter(1, at, torch.where(wanted, source, tape.source_BL.gather(1, at)))
+        tape.drafted_B = torch.maximum(tape.drafted_B, stop_B)
+
+    def _guess(self, tape: Tape, positions: Tensor, start_B1: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and recorded laws for consecutive positions from ``start_B1`` on."""
+        if self.name == "prior":
+            rows = torch.arange(len(tape), device=positions.device)[:, None]
+            return tape.draw(tape.prior_BLV[rows, positions].log(), positions, self.purpose), torch.full_like(positions, PRIOR)
+        if self.name == "left_law" and tape.laws is not None:
+            last = tape.laws.lse_Bm.shape[1] - 1
+            law = tape.laws.log_probs()[:, -1:].expand(-1, positions.shape[1], -1)
+            return tape.draw(law, positions, self.purpose), torch.full_like(positions, last)
+        if self.name in ("repeat_left", "repeat_above"):
+            return self._repeat(tape, positions, start_B1)
+        kind = ONE_HOT if self.name == "random_onehot" else UNIFORM
+        return self._random(tape, positions), torch.full_like(positions, kind)
+
+    def _random(self, tape: Tape, positions: Tensor) -> Tensor:
+        flat = torch.zeros(1, 1, 1, device=positions.device).expand(*positions.shape, tape.vocab_size)
+        return tape.draw(flat, positions, self.purpose)
+
+    def _repeat(self, tape: Tape, positions: Tensor, start_B1: Tensor) -> tuple[Tensor, Tensor]:
+        """The code of the left (upper) neighbour, of its neighbour where that one is new too, and so on; random where the image ends."""
+        if self.name == "repeat_left":
+            origin = torch.maximum(start_B1 - 1, positions - positions % self.width)
+            random = origin >= start_B1
+        else:
+            origin = positions - self.width * -((start_B1 - 1 - positions) // self.width)  # the last known one above
+            random = origin < 0
+            origin = torch.where(random, positions % self.width, origin)
+        random |= origin < 0
+        origin = origin.clamp_min(0)
+        codes = torch.where(random, self._random(tape, origin), tape.codes_BL.gather(1, origin))
+        return codes, torch.where(random & (origin == positions), UNIFORM, ONE_HOT)

@@ -1,0 +1,261 @@
+"""Speculative Jacobi decoding: one loop in which a pass looks at a window of drafts, keeps what stands and guesses on.
+
+A method says how drafts come about, which of them stand, and what becomes of the others; the loop owns the cache, rows of different
+lengths, the end of the sequence and the counters. A scheme is exact when it is *position-local*: the draft at position j has the law
+recorded for it given everything at positions before j, when j is decided depends on these positions only, and the decision is a valid one
+for that law. Every exact method here is; the relaxed ones say what they give up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from arsp.decode.accept import ExactRule, leading, resample
+from arsp.decode.drafts import Initialiser, Tape
+from arsp.decode.filters import LogitsPipeline
+from arsp.decode.law import Law
+from arsp.protocols import Decoder, Generation, Request
+from arsp.rng import Purpose, keyed_uniform
+
+
+@dataclass(frozen=True)
+class Advance:
+    """What one pass did: how many drafts each row looked at and how many of them stood."""
+
+    tested_B: Tensor
+    accepted_B: Tensor
+
+
+class Method(Protocol):
+    """One way of guessing and checking. ``begin`` is called once a batch, ``advance`` once a pass, ``select`` when rows are finished."""
+
+    exactness: str
+
+    def begin(self, request: Request) -> Tape: ...
+
+    def advance(self, decoder: Decoder, state: Any, tape: Tape, window: int) -> Advance: ...
+
+    def select(self, rows: Tensor) -> None: ...
+
+
+class Redraw:
+    """What becomes of drafts behind the first rejection: codes for all positions of the pass and the laws recorded for them.
+
+    ``fresh``: drawn anew from p (arXiv 2410.01699). ``gumbel``: drawn with noise that stays with the position (arXiv 2510.24211).
+    ``maximal``: kept with probability min(1, p / q), else from the residual, and p recorded (same paper; arXiv 2603.18599).
+    ``rising``: from ``p max(1, p / p_before)^g`` (after arXiv 2603.27115), which is then the law recorded. ``reuse``: kept where p / q
+    exceeds ``tau`` (after arXiv 2512.07503), which no recorded law describes: lossy.
+    """
+
+    def __init__(self, name: str = "fresh", *, gain: float = 1.0, tau: float = 0.5):
+        self.name, self.gain, self.tau = name, gain, tau
+        self.before: tuple[Tensor, Tensor] | None = None  # of "rising": the last pass's first position and log p
+
+    def stream(self, tape: Tape) -> int:
+        """Which noise the draws of this pass use."""
+        return 0 if self.name == "gumbel" else tape.passes + 1
+
+    def __call__(self, law: Law, drawn_Bm: Tensor, ratio_Bm: Tensor, tape: Tape, positions_Bm: Tensor) -> tuple[Tensor, Law]:
+        if self.name in ("fresh", "gumbel"):
+            return drawn_Bm, law
+        if self.name == "rising":
+            return self._rising(law, tape, positions_Bm)
+        drafts, old = tape.codes_BL.gather(1, positions_Bm), positions_Bm < tape.drafted_B[:, None]
+        if self.name == "reuse":
+            return torch.where(old & (ratio_Bm > self.tau), drafts, drawn_Bm), law
+        uniform = keyed_uniform(tape.request.seed, tape.ids_B[:, None], positions_Bm, Purpose.COUPLE, 1, tape.passes)[..., 0]
+        every = torch.arange(len(tape), device=positions_Bm.device)
+        index = torch.arange(positions_Bm.shape[1], device=positions_Bm.device).expand(positions_Bm.shape)
+        others = resample(law, tape, every, index, positions_Bm, Purpose.DRAFT, tape.passes + 1)
+        return torch.where(old, torch.where(uniform < ratio_Bm, drafts, others), drawn_Bm), law
+
+    def _rising(self, law: Law, tape: Tape, positions_Bm: Tensor) -> tuple[Tensor, Law]:
+        log_p = law.log_probs()
+        past = log_p
+        if self.before is not None:
+            first_B, before = self.before
+            index = positions_Bm - first_B[:, None]
+            seen = (index >= 0) & (index < before.shape[1])
+            rows = torch.arange(len(tape), device=log_p.device)[:, None]
+            past = torch.where(seen.unsqueeze(-1), before[rows, index.clamp(0, before.shape[1] - 1)], log_p)
+        floor = torch.tensor(1e-9).log()
+        weights = Law.of_weights(log_p + self.gain * (log_p - past.clamp_min(floor)).clamp_min(0).nan_to_num(0.0))
+        self.before = (positions_Bm[:, 0], log_p)
+        return tape.draw(weights.log_probs(), positions_Bm, Purpose.DRAFT, tape.passes + 1), weights
+
+    def select(self, rows: Tensor) -> None:
+        self.before = None if self.before is None else (self.before[0][rows], self.before[1][rows])
+
+    @property
+    def exactness(self) -> str:
+        return "lossy" if self.name == "reuse" else "exact"
+
+
+class Chain:
+    """Drafts one behind another. ``rule`` None: the fixed point of keyed draws (:class:`Redraw` is not used), else drafts are tested
+    against the law recorded for them, rejected ones replaced from the residual, and those behind redrawn."""
+
+    def __init__(
+        self, pipeline: LogitsPipeline, drafter: Any, rule: ExactRule | None = None, redraw: Redraw | None = None,
+        prior_YLV: Tensor | None = None,
+    ):  # fmt: skip
+        self.pipeline, self.drafter, self.rule, self.redraw, self.prior = pipeline, drafter, rule, redraw, prior_YLV
+        exact = [part.exactness for part in (rule, redraw) if part is not None and part.exactness != "exact"]
+        self.exactness = exact[0] if exact else "exact"
+
+    def begin(self, request: Request, layout_length: int, vocab_size: int) -> Tape:
+        if self.redraw is not None:
+            self.redraw.before = None
+        if hasattr(self.drafter, "begin"):
+            self.drafter.begin(request)
+        return Tape.of(request, layout_length, vocab_size, self.prior)
+
+    def select(self, rows: Tensor) -> None:
+        for part in (self.redraw, self.drafter):
+            if hasattr(part, "select"):
+                part.select(rows)
+
+    def advance(self, decoder: Decoder, state: Any, tape: Tape, window: int) -> Advance:
+        """One pass over ``window`` drafts a row, fewer where the sequence ends.
+
+        note: rows near the end look at fewer drafts; what they feed instead are known codes before these, again.
+        """
+        length, device = tape.length, tape.codes_BL.device
+        m = min(window, length - 1 - int(tape.known_B.min()))
+        base_B = tape.known_B.clamp_max(length - 1 - m)
+        self.drafter.fill(tape, base_B + m)
+        offsets = torch.arange(m + 1, device=device)
+        positions = base_B[:, None] + offsets
+        drafts = tape.codes_BL.gather(1, positions)
+        logits = feed(decoder, state, tape, base_B, m)
+        if self.rule is None:
+            law, drawn, _ = self.pipeline.verify(logits, drafts, tape.request.seed, tape.ids_B, positions, Purpose.TOKEN)
+            same, new, recorded = drawn == drafts, drawn, None
+        else:
+            stream = self.redraw.stream(tape)
+            law, drawn, log_p = self.pipeline.verify(logits, drafts, tape.request.seed, tape.ids_B, positions, Purpose.DRAFT, stream)
+            ratio = self.rule.ratio(law, log_p, tape, positions, drafts)
+            same = tape.uniform_BL.gather(1, positions) < ratio
+            new, recorded = self.redraw(law, drawn, ratio, tape, positions)
+        stands = same[:, :m] | (positions[:, :m] < tape.known_B[:, None])
+        last_B = leading(stands)
+        if self.rule is not None:
+            new = self._replace(law, drawn, tape, positions, last_B, new, m)
+        codes = torch.where(offsets < last_B[:, None], drafts, new)
+        advance = Advance(base_B + m - tape.known_B, base_B + last_B - tape.known_B)
+        tape.codes_BL = tape.codes_BL.scatter(1, positions, codes)
+        if recorded is not None:
+            tape.source_BL = tape.source_BL.scatter(1, positions, offsets.expand(positions.shape))
+        tape.laws, tape.known_B, tape.drafted_B = recorded, base_B + last_B + 1, base_B + m + 1
+        tape.passes += 1
+        return advance
+
+    def _replace(self, law: Law, drawn: Tensor, tape: Tape, positions: Tensor, last_B: Tensor, new: Tensor, m: int) -> Tensor:
+        """``new`` with the code that each row commits behind its last accepted draft: from the residual, or the bonus."""
+        at = last_B[:, None]
+        final = drawn.gather(1, at)
+        rows = (last_B < m).nonzero().squeeze(1)
+        if len(rows):
+            final[rows] = resample(law, tape, rows, at[rows], positions[rows].gather(1, at[rows]), Purpose.RESAMPLE)
+        return new.scatter(1, at, final)
+
+
+def feed(decoder: Decoder, state: Any, tape: Tape, base_B: Tensor, num: int) -> Tensor:
+    """Feed the code before ``base_B`` and the ``num`` codes from it on: logits ``(B, num + 1, V)`` of positions ``base_B .. base_B + num``.
+
+    The first pass has no code before: it feeds the condition.
+    """
+    offsets = torch.arange(num, device=base_B.device)
+    if tape.passes == 0:
+        return decoder.step(state, tape.codes_BL[:, :num] if num else None)
+    decoder.rewind(state, base_B - 1)
+    first = base_B[:, None] - 1
+    return decoder.step(state, tape.codes_BL.gather(1, torch.cat((first, first + 1 + offsets), dim=1)))
+
+
+@dataclass
+class Statistics:
+    """Counters over all images so far."""
+
+    images: int = 0
+    passes: int = 0  # of rows: an image counts the passes it took part in
+    histogram: dict[int, int] = field(default_factory=dict)  # codes committed by a pass -> how often
+    tested_L: Tensor | None = None
+    accepted_L: Tensor | None = None
+    state_bytes: int = 0
+
+    def add(self, before_B: Tensor, tape: Tape, advance: Advance) -> None:
+        committed = tape.known_B - before_B
+        for number, count in zip(*(x.tolist() for x in committed.unique(return_counts=True)), strict=True):
+            self.histogram[number] = self.histogram.get(number, 0) + count
+        if self.tested_L is None:
+            self.tested_L, self.accepted_L = torch.zeros(2, tape.length, dtype=torch.int64).unbind(0)
+        places = torch.arange(tape.length, device=before_B.device)
+        first, accepted = before_B[:, None], advance.accepted_B[:, None]
+        stood = (places >= first) & (places < first + accepted)
+        failed = (places == first + accepted) & (advance.accepted_B < advance.tested_B)[:, None]
+        self.accepted_L += stood.sum(0).cpu()
+        self.tested_L += (stood | failed).sum(0).cpu()
+        self.passes += len(tape)
+        self.state_bytes = max(self.state_bytes, tape.state_bytes)
+
+    def report(self, grid: tuple[int, int]) -> dict[str, Any]:
+        """Everything as plain values; acceptance by place in the image, None where no draft was tested."""
+        total = sum(self.histogram.values())
+        codes = sum(number * count for number, count in self.histogram.items())
+        pairs = zip(self.accepted_L.tolist(), self.tested_L.tolist(), strict=True) if self.tested_L is not None else ()
+        rate = [accepted / tested if tested else None for accepted, tested in pairs]
+        return {
+            "images": self.images,
+            "passes_per_image": self.passes / max(1, self.images),
+            "tokens_per_pass": codes / max(1, total),
+            "committed": {str(number): self.histogram[number] for number in sorted(self.histogram)},
+            "single_token_share": self.histogram.get(1, 0) / max(1, total),
+            "acceptance": sum(self.accepted_L.tolist()) / max(1, sum(self.tested_L.tolist())) if rate else None,
+            "acceptance_map": [rate[row * grid[1] : (row + 1) * grid[1]] for row in range(grid[0])],
+            "state_bytes_per_image": self.state_bytes,
+        }
+
+
+class JacobiGenerator:
+    """The loop: a Generator for any decoder that rewinds."""
+
+    def __init__(self, decoder: Decoder, method: Any, window: int | Any):
+        """``window``: drafts a pass, or a :class:`arsp.decode.planner.WindowPlanner`."""
+        self.decoder, self.method, self.window = decoder, method, window
+        self.capabilities, self.exactness, self.statistics = decoder.capabilities, method.exactness, Statistics()
+
+    @torch.inference_mode()
+    def generate(self, request: Request, callback: Callable[[int], None] | None = None) -> Generation:
+        """Codes of every row; ``callback(codes committed)`` after every pass."""
+        layout, decoder, method, window = self.decoder.layout, self.decoder, self.method, self.window
+        length = layout.num_tokens
+        tape, state = method.begin(request, length, decoder.vocab_size), decoder.start(request)
+        codes_BL = torch.zeros_like(tape.codes_BL)
+        self.statistics.images += len(tape)
+        passes = rows_passed = 0
+        while len(tape):
+            before, num = tape.known_B, len(tape)
+            width = window if isinstance(window, int) else window.choose(num, length - int(before.min()))
+            advance = method.advance(decoder, state, tape, width)
+            self.statistics.add(before, tape, advance)
+            passes, rows_passed = passes + 1, rows_passed + num
+            if not isinstance(window, int):
+                window.observe(advance.accepted_B, advance.tested_B)
+            if callback:
+                callback(int((tape.known_B - before).sum()))
+            going = tape.known_B < length
+            if not bool(going.all()):
+                done = ~going
+                codes_BL[tape.rows_B[done]] = tape.codes_BL[done]
+                rows = going.nonzero().squeeze(1)
+                tape, state = tape.select(rows), decoder.select(state, rows)
+                method.select(rows)
+        stats = {"passes": rows_passed / max(1, len(codes_BL)), "tokens_per_pass": length * len(codes_BL) / max(1, rows_passed)}
+        stats |= {"batch_passes": passes, "kv_bytes": state.peak_kv_bytes} if hasattr(state, "peak_kv_bytes") else {}
+        return Generation(codes_BL, stats=stats)
