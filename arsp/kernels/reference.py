@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arsp.rng import Purpose, keyed_uniform
+from arsp.rng import keyed_uniform
 
 MIN_TEMPERATURE = 1e-5  # what a positive temperature is raised to before logits are divided by it
 _NOISE_ELEMENTS = {"cpu": 1 << 16}  # Gumbel noise made at once: larger leaves the cache, smaller pays per call
@@ -61,7 +61,7 @@ def keyed_argmax(log_w_RV: Tensor, seed: int, ids_R: Tensor, positions_R: Tensor
     rows = max(1, _NOISE_ELEMENTS.get(log_w_RV.device.type, _NOISE_ELEMENTS_DEVICE) // num_codes)
     codes_R = ids_R.new_empty(num_rows)
     for piece in (slice(start, start + rows) for start in range(0, num_rows, rows)):
-        uniform_rV = keyed_uniform(seed, ids_R[piece], positions_R[piece], Purpose(purpose), num_codes, stream)
+        uniform_rV = keyed_uniform(seed, ids_R[piece], positions_R[piece], purpose, num_codes, stream)
         best = (log_w_RV[piece] - torch.log(-torch.log(uniform_rV))).max(dim=-1)  # the first of equal maxima
         codes_R[piece] = torch.where(best.values.isfinite(), best.indices, -1)
     return codes_R

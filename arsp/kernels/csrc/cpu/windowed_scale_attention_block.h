@@ -3,23 +3,6 @@
 constexpr int kSubtile = 4;                       // lanes whose values are summed together
 constexpr int kWide = ARSP_LANES == 16 ? 4 : 2;  // registers of a value row beside them
 
-ARSP_TARGET inline vec splat(float x) { return x - vec{}; }
-
-// e^x for x <= 0 with a relative error below 1e-7; 0 below -86.9. The polynomial is that of Cephes' expf (public domain).
-ARSP_TARGET inline vec exp_nonpositive(vec x) {
-  const vec kept = x < -86.9f ? splat(-86.9f) : x;
-  const vec shifted = kept * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the low bits now hold round(x / ln 2)
-  const vec n = shifted - 12582912.f;
-  const vec r = (kept - n * 0.693359375f) + n * 2.12194440e-4f;
-  vec poly = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  poly = poly * r + 8.3334519073e-3f;
-  poly = poly * r + 4.1665795894e-2f;
-  poly = poly * r + 1.6666665459e-1f;
-  poly = poly * r + 5.0000001201e-1f;
-  poly = poly * (r * r) + r + 1.f;
-  return x < -86.9f ? vec{} : (vec)((bits)poly + ((bits)shifted << 23));
-}
-
 // Lanes of two registers in a row, so that their off-diagonal blocks of `size` elements change places.
 template <int size>
 struct Exchange {

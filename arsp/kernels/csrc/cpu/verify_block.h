@@ -1,0 +1,301 @@
+// One row of verify and keyed_argmax, written once with GCC vector extensions; each_isa.h includes it once per instruction set.
+// Rows lie in Scratch, padded with -inf to a multiple of kChunk, so that loops over them have no remainder.
+
+constexpr int kChunk = 4 * ARSP_LANES;  // codes whose noise is made together
+constexpr int kQuads = ARSP_LANES / 4;
+
+typedef int32_t ints __attribute__((vector_size(4 * ARSP_LANES)));
+typedef uint64_t wide __attribute__((vector_size(4 * ARSP_LANES)));  // one block of Philox a lane
+typedef float half_vec __attribute__((vector_size(2 * ARSP_LANES)));
+typedef double doubles __attribute__((vector_size(4 * ARSP_LANES)));
+
+constexpr uint32_t kAllLanes = (1u << ARSP_LANES) - 1;
+
+// As bits, the lanes where a > b.
+ARSP_TARGET inline uint32_t greater(vec a, vec b) {
+#if ARSP_LANES == 16
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
+#elif ARSP_LANES == 8
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ));
+#elif defined(__x86_64__)
+  return _mm_movemask_ps(_mm_cmpgt_ps((__m128)a, (__m128)b));
+#else
+  uint32_t lanes = 0;
+  for (int i = 0; i < ARSP_LANES; ++i) lanes |= (a[i] > b[i]) << i;
+  return lanes;
+#endif
+}
+
+#if ARSP_LANES == 8
+struct Compaction {  // for every set of lanes, its members in front
+  int32_t lane[256][8];
+  constexpr Compaction() : lane() {
+    for (int lanes = 0; lanes < 256; ++lanes) {
+      for (int i = 0, num = 0; i < 8; ++i) {
+        if (lanes >> i & 1) lane[lanes][num++] = i;
+      }
+    }
+  }
+};
+
+constexpr Compaction kCompaction;
+#endif
+
+// Writes the chosen lanes one after another, overwriting up to a register behind `to`; returns how many they are.
+ARSP_TARGET inline int compress(float* to, vec v, uint32_t lanes) {
+#if ARSP_LANES == 16
+  store(to, (vec)_mm512_maskz_compress_ps(static_cast<__mmask16>(lanes), (__m512)v));
+  return __builtin_popcount(lanes);
+#elif ARSP_LANES == 8
+  store(to, (vec)_mm256_permutevar8x32_ps((__m256)v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kCompaction.lane[lanes]))));
+  return __builtin_popcount(lanes);
+#else
+  int num = 0;
+  for (int i = 0; i < ARSP_LANES; ++i) {
+    to[num] = v[i];
+    num += lanes >> i & 1;
+  }
+  return num;
+#endif
+}
+
+// The product of the lower halves of 64-bit lanes; the upper halves may hold anything.
+ARSP_TARGET inline wide multiply_lower(wide a, uint64_t factor) {
+  const wide b = factor + wide{};
+#if ARSP_LANES == 16
+  return (wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif ARSP_LANES == 8
+  return (wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+  return (wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffff) * b;
+#endif
+}
+
+// Which block each lane counts, so that words come out in the order of their codes, and the shuffles that bring them there.
+struct Order {
+  uint64_t block[2 * kQuads], low[2 * kQuads], high[2 * kQuads];
+  constexpr Order() : block(), low(), high() {
+    for (int i = 0; i < 2 * kQuads; ++i) {
+      block[i] = i / 2 + i % 2 * kQuads;
+      low[i] = i % 2 ? 2 * kQuads + i - 1 : i;
+      high[i] = i % 2 ? 2 * kQuads + i : i + 1;
+    }
+  }
+};
+
+constexpr Order kOrder;
+
+// Words of kChunk codes from `first` on: Philox4x32-10 as in arsp/rng.py, in two halves that fill each other's waits.
+ARSP_TARGET inline void make_words(const Key& key, int64_t first, bits* words) {
+  wide order, low, high, c0[2], c1[2], c2[2], c3[2];
+  std::memcpy(&order, kOrder.block, sizeof(order));
+  std::memcpy(&low, kOrder.low, sizeof(low));
+  std::memcpy(&high, kOrder.high, sizeof(high));
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h) {
+    c0[h] = order + static_cast<uint64_t>(first / 4 + 2 * kQuads * h);
+    c1[h] = key.position + wide{};
+    c2[h] = key.id + wide{};
+    c3[h] = key.purpose + wide{};
+  }
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {  // words are the lower halves of lanes, the upper halves are left dirty
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const wide a = multiply_lower(c0[h], 0xD2511F53), b = multiply_lower(c2[h], 0xCD9E8D57);
+      c0[h] = (b >> 32) ^ c1[h] ^ key.rounds[round][0];
+      c1[h] = b;
+      c2[h] = (a >> 32) ^ c3[h] ^ key.rounds[round][1];
+      c3[h] = a;
+    }
+  }
+#pragma GCC unroll 2
+  for (int h = 0; h < 2; ++h) {
+    const wide words01 = (c0[h] & 0xffffffff) | (c1[h] << 32), words23 = (c2[h] & 0xffffffff) | (c3[h] << 32);
+    words[2 * h] = (bits)__builtin_shuffle(words01, words23, low);
+    words[2 * h + 1] = (bits)__builtin_shuffle(words01, words23, high);
+  }
+}
+
+// Not below the Gumbel noise of a word, and at most 0.07 above it where the noise is large: with v = 1 - u,
+// -log(-log u) <= -log v, and a float's bits read as a whole number give its logarithm to base 2 by linear interpolation.
+ARSP_TARGET inline vec noise_bound(bits word) {
+  const vec v = __builtin_convertvector((ints)(~word >> 9), vec) + 0.5f;  // times 2^23
+  const vec log2_v = __builtin_convertvector((ints)v, vec);               // times 2^23, plus 127 + 23
+  return log2_v * static_cast<float>(-M_LN2 / (1 << 23)) + static_cast<float>(150 * M_LN2 + 1e-4);
+}
+
+inline float noise(uint32_t word) {
+  const float u = (static_cast<float>(word >> 9) + 0.5f) * 0x1p-23f;
+  return -std::log(-std::log(u));
+}
+
+// argmax_x(s[x] - lse + noise(x)) over the codes that the law keeps, the smallest on ties. `max` is their finite maximum. The two
+// logarithms of the noise are taken only for codes that win if their noise is as large as its bound.
+ARSP_TARGET int64_t draw(const float* s, int64_t padded, float max, const Law& law, const Key& key) {
+  float best = std::nextafter(max - law.lse - 3.f, -INFINITY);  // noise is above -2.82
+  int64_t code = -1;
+  ints id;
+#pragma GCC unroll 16
+  for (int i = 0; i < ARSP_LANES; ++i) id[i] = i;
+  const int32_t last = static_cast<int32_t>(law.last);
+  for (int64_t first = 0; first < padded; first += kChunk) {
+    vec log_p[4], highest = splat(-INFINITY);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const vec x = load(s + first + j * ARSP_LANES);
+      log_p[j] = (x > law.threshold) | ((x == law.threshold) & (id <= last)) ? x - law.lse : splat(-INFINITY);
+      highest = log_p[j] > highest ? log_p[j] : highest;
+      id += ARSP_LANES;
+    }
+    if (!greater(highest + 16.7f, splat(best))) continue;  // noise is below 16.64
+    bits words[4];
+    make_words(key, first, words);
+    uint64_t possible = 0;  // as bits, the codes of the chunk that may win
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+      possible |= static_cast<uint64_t>(greater(log_p[j] + noise_bound(words[j]), splat(best))) << (j * ARSP_LANES);
+    if (!possible) continue;
+    float at[kChunk];
+    uint32_t word[kChunk];
+    std::memcpy(at, log_p, sizeof(at));
+    std::memcpy(word, words, sizeof(word));
+    for (; possible; possible &= possible - 1) {
+      const int i = __builtin_ctzll(possible);
+      const float value = at[i] + noise(word[i]);
+      if (value > best) best = value, code = first + i;
+    }
+  }
+  return code;
+}
+
+// Copies a row divided by the temperature into s, padded with -inf; returns its maximum, or NaN where there is one.
+ARSP_TARGET float scale(const float* row, int64_t V, float divisor, float* s, int64_t padded) {
+  vec maxima = splat(-INFINITY);
+  ints invalid = {};
+  for (int64_t x = 0; x < padded; x += ARSP_LANES) {
+    vec v = splat(-INFINITY);
+    if (x + ARSP_LANES <= V) {
+      v = load(row + x);
+    } else if (x < V) {
+      std::memcpy(&v, row + x, (V - x) * sizeof(float));
+    }
+    if (divisor != 1) v /= divisor;
+    store(s + x, v);
+    maxima = v > maxima ? v : maxima;
+    invalid |= v != v;
+  }
+  float max = -INFINITY;
+  for (int i = 0; i < ARSP_LANES; ++i) {
+    if (invalid[i]) return NAN;
+    max = std::max(max, maxima[i]);
+  }
+  return max;
+}
+
+// Sum of e^(list[i] - max) in float64; -inf follows the list up to a whole register.
+ARSP_TARGET double mass(const float* list, int64_t num, float max) {
+  doubles sums[2] = {};
+  for (int64_t i = 0; i < num; i += ARSP_LANES) {
+    const vec e = exp_nonpositive(load(list + i) - max);
+    half_vec halves[2];
+    std::memcpy(halves, &e, sizeof(e));
+    sums[0] += __builtin_convertvector(halves[0], doubles);
+    sums[1] += __builtin_convertvector(halves[1], doubles);
+  }
+  double sum = 0;
+  for (int i = 0; i < ARSP_LANES / 2; ++i) sum += sums[0][i] + sums[1][i];
+  return sum;
+}
+
+// The smallest of the listed values whose betters together weigh at most `limit`, by quickselect: a value v weighs e^(v - max), or
+// 1 without kByMass, where it is the k-th largest for a limit of k - 1. Overwrites both lists.
+template <bool kByMass>
+ARSP_TARGET Cut select(float* list, float* spare, int64_t num, double limit, float max) {
+  double above = 0;  // what the values weigh that were dropped because they are better than all listed
+  for (;;) {
+    const float a = list[num / 4], b = list[num / 2], c = list[num - 1 - num / 4];
+    const float pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
+    int64_t more = 0, less = 0;
+    for (int64_t i = 0; i < num; i += ARSP_LANES) {
+      const vec v = load(list + i);
+      const uint32_t valid = num - i < ARSP_LANES ? (1u << (num - i)) - 1 : kAllLanes;
+      more += compress(spare + more, v, greater(v, splat(pivot)) & valid);
+      less += compress(list + less, v, greater(splat(pivot), v) & valid);  // overwrites only what was read
+    }
+    store(spare + more, splat(-INFINITY));
+    const double better = above + (kByMass ? mass(spare, more, max) : more);
+    if (better > limit) {
+      std::swap(list, spare);
+      num = more;
+      continue;
+    }
+    const int64_t equal = num - more - less;
+    const double weight = kByMass ? exp_nonpositive(splat(pivot - max))[0] : 1;
+    if (less == 0 || better + equal * weight > limit) return {pivot, better, weight, equal};
+    above = better + equal * weight;
+    num = less;
+  }
+}
+
+// Lists the values of s that are not below the threshold, followed by -inf up to a whole register; returns their number.
+ARSP_TARGET int64_t list_kept(const float* s, int64_t padded, float threshold, float* list) {
+  int64_t num = 0;
+  for (int64_t x = 0; x < padded; x += ARSP_LANES) {
+    const vec v = load(s + x);
+    num += compress(list + num, v, ~greater(splat(threshold), v) & kAllLanes);
+  }
+  store(list + num, splat(-INFINITY));
+  return num;
+}
+
+// What top-k and then top-p leave of a row.
+ARSP_TARGET Law filter(const float* s, int64_t V, int64_t padded, float max, const Filters& filters, Scratch& scratch) {
+  float* const list = scratch.list.get();
+  Law law{0, -INFINITY, V - 1};
+  if (filters.top_k > 0 && filters.top_k < V) {
+    std::copy(s, s + padded, list);
+    law.threshold = select<false>(list, scratch.spare.get(), padded, static_cast<double>(filters.top_k - 1), max).value;
+  }
+  const bool whole = law.threshold == -INFINITY && filters.top_p >= 1;
+  const int64_t num = whole ? padded : list_kept(s, padded, law.threshold, list);
+  double total = mass(whole ? s : list, num, max);
+  if (filters.top_p < 1) {
+    const double limit = filters.top_p * total;
+    const Cut cut = select<true>(list, scratch.spare.get(), num, limit, max);
+    const double places = std::floor((limit - cut.better) / cut.weight) + 1;
+    if (places < cut.equal) {  // the cut goes through equal values: the smaller ids stay
+      int64_t left = static_cast<int64_t>(places);
+      for (law.last = -1; left > 0; ) left -= s[++law.last] == cut.value;
+    }
+    law.threshold = cut.value;
+    total = cut.better + std::min<double>(places, cut.equal) * cut.weight;
+  }
+  law.lse = static_cast<float>(max + std::log(total));
+  return law;
+}
+
+ARSP_TARGET int64_t argmax_row(const float* log_w, int64_t V, const Key& key, Scratch& scratch) {
+  const int64_t padded = (V + kChunk - 1) / kChunk * kChunk;
+  const float max = scale(log_w, V, 1, scratch.row.get(), padded);
+  return std::isfinite(max) ? draw(scratch.row.get(), padded, max, {0, -INFINITY, V - 1}, key) : -1;
+}
+
+ARSP_TARGET Outcome verify_row(const float* logits, int64_t V, int64_t draft, const Filters& filters, const Key& key, Scratch& scratch) {
+  const int64_t padded = (V + kChunk - 1) / kChunk * kChunk;
+  const float* const s = scratch.row.get();
+  const float max = scale(logits, V, filters.divisor, scratch.row.get(), padded);
+  if (!std::isfinite(max)) return {{NAN, NAN, -1}, -1, draft < 0 ? 0 : NAN};
+  Outcome out{};
+  if (filters.greedy) {
+    out.code = std::find(s, s + V, max) - s;
+    out.law = {max, max, out.code};
+  } else {
+    out.law = filter(s, V, padded, max, filters, scratch);
+    out.code = draw(s, padded, max, out.law, key);
+  }
+  if (draft >= 0) out.log_p = out.law.keeps(s[draft], draft) ? s[draft] - out.law.lse : -INFINITY;
+  return out;
+}
