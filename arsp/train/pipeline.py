@@ -135,6 +135,7 @@ class VARTeacherTraining(StrictModel):
     scales: str | None = Field(None, description="a-b: train these scales only (a drafter or a refiner)")
     expert: str | None = Field(None, description="match the law of this teacher too")
     expert_weight: float = Field(0.5, ge=0, le=1)
+    expert_from: int = Field(0, ge=0, description="match it from this scale on; coarser ones learn from the images alone")
 
 
 class FeatureTraining(StrictModel):
@@ -277,6 +278,11 @@ def _var_teacher(config: VARTeacherTraining, directory: Path, stage: Callable, l
             raise ConfigError(f"{said}.", f"Give a number above {scales.start} and below {scales.stop}, or short=0.")
         log(f"{said}, so no update is short")
         config = config.model_copy(update={"short": 0.0})
+    if config.expert_from and not (config.expert and config.expert_from < scales.stop):
+        raise ConfigError(
+            f"expert_from {config.expert_from}: there is no expert, or no trained scale to match.",
+            "Give expert=MODEL and a smaller number.",
+        )
     if config.init and config.var != VARSection():
         raise ConfigError("var.*: the sizes are those of --init.", "Drop one of the two.")
     start, expert = (name and _same_scales(name, tokenizer) for name in (config.init, config.expert))
@@ -296,6 +302,7 @@ def _var_teacher(config: VARTeacherTraining, directory: Path, stage: Callable, l
     task = ScaleTeacherTask(
         model, tokenizer.quantize, codes, labels, _held_out(codes, labels), scales=(scales.start, scales.stop - 1), short=config.short,
         short_scales=config.short_scales, expert=expert.module if expert else None, weight=config.expert_weight,
+        expert_from=config.expert_from,
     )  # fmt: skip
     more = {**_tokenizer_parts(config.tokenizer, tokenizer), "sampling": config.sampling.model_dump(), "classes": names}
     if start or expert:

@@ -251,7 +251,8 @@ class ScaleTeacherTask(Task):
 
     ``scales``: first and last scale that is trained (a specialised drafter or refiner, arXiv 2411.17787); the sequence ends there.
     ``short``: share of the updates that see the first ``short_scales`` scales only: they decide the image and hold few codes.
-    ``expert``: another VAR whose law is matched too, ``weight`` KL(expert || model) + (1 - ``weight``) cross-entropy.
+    ``expert``: another VAR whose law is matched too, ``weight`` KL(expert || model) + (1 - ``weight``) cross-entropy, at the scales from
+    ``expert_from`` on; the coarser ones learn from the images alone.
     """
 
     no_decay = ("pos_", "lvl_embed", "ada_gss", "scale_mul")
@@ -259,12 +260,13 @@ class ScaleTeacherTask(Task):
     def __init__(
         self, model: VAR, quantizer: nn.Module, codes_NL: Tensor, labels_N: Tensor, held_out: tuple[Tensor, Tensor], *,
         scales: tuple[int, int] | None = None, short: float = 0.0, short_scales: int = 0, expert: VAR | None = None, weight: float = 0.0,
+        expert_from: int = 0,
     ):  # fmt: skip
         super().__init__()
         self.trained, self.config = model, model.config
         self.codes, self.labels, self.held_out = codes_NL, labels_N, held_out
         self.first, self.last = scales or (0, model.config.num_scales - 1)
-        self.short, self.short_scales, self.weight = short, short_scales, weight
+        self.short, self.short_scales, self.weight, self.expert_from = short, short_scales, weight, expert_from
         self._frozen = [quantizer, expert]  # in a list: no part of the checkpoint
 
     def _logits(self, codes_BL: Tensor, labels_B: Tensor, last: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -284,11 +286,14 @@ class ScaleTeacherTask(Task):
         labels[torch.rand(batch_size, generator=generator) < self.config.cond_drop_rate] = self.config.num_classes
         cut = float(torch.rand(1, generator=generator)) < self.short
         logits, codes, taught = self._logits(self.codes[rows], labels, self.short_scales - 1 if cut else self.last)
-        ce = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
         if taught is None:
-            return {"loss": ce}
-        kl = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(taught, -1), reduction="none", log_target=True).sum(-1).mean()
-        return {"loss": self.weight * kl + (1 - self.weight) * ce, "ce": ce, "kl": kl}
+            return {"loss": F.cross_entropy(logits.flatten(0, 1), codes.flatten())}
+        ce = F.cross_entropy(logits.transpose(1, 2), codes, reduction="none").mean(0)
+        kl = F.kl_div(F.log_softmax(logits, -1), F.log_softmax(taught, -1), reduction="none", log_target=True).sum(-1).mean(0)
+        start = self.config.scale_slice(0, self.expert_from - 1).stop if self.expert_from else 0
+        weight = torch.full_like(kl, self.weight)
+        weight[: max(0, start - self.config.scale_slice(self.first, self.last).start)] = 0
+        return {"loss": (weight * kl + (1 - weight) * ce).mean(), "ce": ce.mean(), "kl": kl.mean()}
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         """Nats a code, an image, and a code of each scale."""

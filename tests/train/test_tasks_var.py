@@ -137,6 +137,18 @@ def test_the_expert_weighs_in_as_asked(codes):
     assert abs(losses_of(own)["loss"]) < 1e-5, "a model that equals its expert has nothing to learn from it"
 
 
+def test_the_expert_is_matched_from_its_first_scale_on(codes):
+    expert = tiny_var.var_model(seed=7).requires_grad_(False)
+    plain, matched = losses_of(teacher_task(codes))["loss"], losses_of(teacher_task(codes, expert=expert, weight=1.0))
+    last = CONFIG.num_scales - 1
+    fine = losses_of(teacher_task(codes, expert=expert, weight=1.0, scales=(last, last)))["kl"]
+    coarse = losses_of(teacher_task(codes, scales=(0, last - 1)))["loss"]
+    mixed = losses_of(teacher_task(codes, expert=expert, weight=1.0, expert_from=last))["loss"]
+    share = CONFIG.patch_nums[-1] ** 2 / sum(pn * pn for pn in CONFIG.patch_nums)
+    assert mixed == pytest.approx(share * fine + (1 - share) * coarse, rel=1e-4)
+    assert mixed not in (plain, matched["loss"])
+
+
 def test_tables_gains_and_the_attention_scale_are_not_decayed(codes):
     for config in (CONFIG, replace(CONFIG, shared_aln=True)):
         task = teacher_task(codes, tiny_var.var_model(config))
