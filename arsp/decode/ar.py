@@ -14,6 +14,7 @@ from torch import Tensor
 
 from arsp.decode.filters import LogitsPipeline
 from arsp.errors import ConfigError, NumericalError
+from arsp.kernels import fuses_noise, keyed_argmax, reference
 from arsp.protocols import Decoder, Generation, Request
 from arsp.rng import Purpose, keyed_gumbel
 
@@ -21,8 +22,6 @@ Choose = Callable[[Tensor, Tensor], Tensor]  # (log_probs_BmV, positions_m) -> c
 Callback = Callable[[int], None]  # called after every pass with the number of token positions it made
 
 RNG_NAMES = ("keyed", "torch")
-_NOISE_ELEMENTS = {"cpu": 1 << 16}  # Gumbel noise made at once: larger leaves the cache, smaller pays per call
-_NOISE_ELEMENTS_DEVICE = 1 << 24
 
 
 def decode_blocks(
@@ -65,28 +64,24 @@ def draw_codes(log_p_BmV: Tensor, seed: int, sample_ids_B: Tensor, positions: Te
     number of passes. ``positions``: ``(m,)`` for all rows or ``(B, m)``. NumericalError when a row has no finite
     log-probability or holds a NaN.
     """
-    num_rows, num_positions, num_codes = log_p_BmV.shape
-    positions_Bm = positions.expand(num_rows, num_positions)
-    chunk = max(1, _noise_budget(log_p_BmV) // max(1, num_positions * num_codes))
-    codes = [sample_ids_B.new_zeros(0, num_positions)]
-    for start in range(0, num_rows, chunk):
-        rows = slice(start, start + chunk)
-        noise = keyed_gumbel(seed, sample_ids_B[rows, None], positions_Bm[rows], num_codes, purpose)
-        codes.append(_perturbed_argmax(log_p_BmV[rows], noise))
-    return torch.cat(codes)
+    num_rows, num_positions, _ = log_p_BmV.shape
+    ids_Bm, positions_Bm = sample_ids_B[:, None].expand(num_rows, num_positions), positions.expand(num_rows, num_positions)
+    codes_R = keyed_argmax(log_p_BmV.flatten(0, 1), seed, ids_Bm.flatten(), positions_Bm.flatten(), purpose)
+    _check(codes_R >= 0)
+    return codes_R.view(num_rows, num_positions)
 
 
 def keyed_choice(request: Request) -> Choose:
     """``choose`` by keyed Gumbel-argmax with the request's seed and sample ids.
 
-    Noise does not depend on the logits, so for small batches it is made for several single positions ahead in one call.
+    Noise does not depend on the logits: where no kernel makes it as it goes, small batches make it for several single positions ahead.
     """
     ahead: dict[int, Tensor] = {}
 
     def choose(log_p_BmV: Tensor, positions_m: Tensor) -> Tensor:
         num_rows, num_positions, num_codes = log_p_BmV.shape
-        span = _noise_budget(log_p_BmV) // max(1, num_rows * num_codes)
-        if num_positions > 1 or span < 2:
+        span = reference.noise_elements(log_p_BmV) // max(1, num_rows * num_codes)
+        if fuses_noise(log_p_BmV) or num_positions > 1 or span < 2:
             return draw_codes(log_p_BmV, request.seed, request.sample_ids_B, positions_m)
         position = int(positions_m)
         if position not in ahead:
@@ -94,7 +89,9 @@ def keyed_choice(request: Request) -> Choose:
             following = torch.arange(position, position + span, device=positions_m.device)
             noise = keyed_gumbel(request.seed, request.sample_ids_B[:, None], following, num_codes)
             ahead.update({position + i: noise[:, i : i + 1] for i in range(span)})
-        return _perturbed_argmax(log_p_BmV, ahead[position])
+        codes_Bm = reference.perturbed_argmax(log_p_BmV, ahead[position])
+        _check(codes_Bm >= 0)
+        return codes_Bm
 
     return choose
 
@@ -103,7 +100,7 @@ def multinomial_choice(generator: torch.Generator) -> Choose:
     """``choose`` by ``torch.multinomial`` on rows flattened over batch and positions: the official samplers' stream."""
 
     def choose(log_p_BmV: Tensor, positions_m: Tensor) -> Tensor:
-        _check_finite(log_p_BmV.amax(dim=-1))
+        _check(log_p_BmV.amax(dim=-1).isfinite())
         drawn = torch.multinomial(log_p_BmV.flatten(0, 1).exp(), 1, generator=generator)
         return drawn.view(log_p_BmV.shape[:2])
 
@@ -158,18 +155,8 @@ def check_rng(rng: str) -> str:
     return rng
 
 
-def _noise_budget(like: Tensor) -> int:
-    return _NOISE_ELEMENTS.get(like.device.type, _NOISE_ELEMENTS_DEVICE)
-
-
-def _perturbed_argmax(log_p_BmV: Tensor, noise_BmV: Tensor) -> Tensor:
-    best = (log_p_BmV + noise_BmV).max(dim=-1)  # the first of equal maxima
-    _check_finite(best.values)
-    return best.indices
-
-
-def _check_finite(best: Tensor) -> None:
-    if not torch.isfinite(best).all():
+def _check(drawn: Tensor) -> None:
+    if not drawn.all():
         raise NumericalError(
             "sampling: a row of log-probabilities has no finite maximum (NaN logits, or every code removed).",
             hint="check the model's weights and dtype; float16 activations may overflow",

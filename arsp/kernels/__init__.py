@@ -18,7 +18,7 @@ from arsp.errors import ConfigError, ResourceError, nearest
 from arsp.kernels import build, ops, reference
 
 __all__ = [
-    "BACKENDS", "MAX_ROWS", "OPS", "backends", "keyed_argmax", "set_backend", "skips_windows", "small_linear", "verify",
+    "BACKENDS", "MAX_ROWS", "OPS", "backends", "fuses_noise", "keyed_argmax", "set_backend", "skips_windows", "small_linear", "verify",
     "windowed_scale_attention",
 ]  # fmt: skip
 
@@ -180,6 +180,11 @@ def keyed_argmax(log_w_RV: Tensor, seed: int, ids_R: Tensor, positions_R: Tensor
     log_w_RV = log_w_RV.float()
     apply = ops.keyed_argmax if _applies(log_w_RV) else reference.keyed_argmax
     return apply(log_w_RV, _signed(seed), ids_R, positions_R, int(purpose), stream)
+
+
+def fuses_noise(log_w: Tensor) -> bool:
+    """Whether :func:`keyed_argmax` and :func:`verify` make the noise they need as they go; the reference makes whole tensors of it."""
+    return _applies(log_w)
 
 
 def verify(

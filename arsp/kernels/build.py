@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -106,12 +107,12 @@ def _compile(target: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        objects = []
-        for source in (path for path in _source_files() if path.suffix == ".cpp"):
-            objects.append(str(work / f"{source.stem}.o"))
-            _run([*compiler(), *COMPILE_FLAGS, "-I", str(package / "include"), "-c", str(source), "-o", objects[-1]])
+        objects = {str(path): str(work / f"{path.stem}.o") for path in _source_files() if path.suffix == ".cpp"}
+        command = [*compiler(), *COMPILE_FLAGS, "-I", str(package / "include"), "-c"]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda source: _run([*command, source, "-o", objects[source]]), objects))
         libraries = ["-L", str(package / "lib"), "-ltorch_cpu", "-lc10"]
-        _run([*compiler(), "-shared", *objects, *libraries, "-o", str(work / "library.so")])
+        _run([*compiler(), "-shared", *objects.values(), *libraries, "-o", str(work / "library.so")])
         os.replace(work / "library.so", target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -126,7 +127,7 @@ def ensure_library() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock")):
             if not target.exists():
-                log.warning("compiling the CPU kernels with %s, once (about 10 s)", compiler_version())
+                log.warning("compiling the CPU kernels with %s, once (10 to 30 s)", compiler_version())
                 started = time.perf_counter()
                 _compile(target)
                 log.info("compiled %s in %.1f s", target, time.perf_counter() - started)

@@ -11,8 +11,7 @@ from torch import Tensor
 from arsp.rng import keyed_uniform
 
 MIN_TEMPERATURE = 1e-5  # what a positive temperature is raised to before logits are divided by it
-_NOISE_ELEMENTS = {"cpu": 1 << 16}  # Gumbel noise made at once: larger leaves the cache, smaller pays per call
-_NOISE_ELEMENTS_DEVICE = 1 << 24
+NOISE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}  # Gumbel noise made at once: larger leaves the cache, smaller pays per call
 
 
 def small_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -53,18 +52,26 @@ def _distance(queries: int, keys: int, device: torch.device) -> Tensor:
 
 
 def keyed_argmax(log_w_RV: Tensor, seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0) -> Tensor:
-    """``argmax_x(log w[x] + g(x))`` of every row, the smallest id on ties; -1 where that maximum is not finite.
-
-    ``g = -log(-log u)`` with ``u`` of :func:`arsp.rng.keyed_uniform`: rows in pieces, so that the noise stays small.
-    """
+    """``argmax_x(log w[x] + g(x))`` with ``g = -log(-log u)``, ``u`` of :func:`arsp.rng.keyed_uniform`; some rows at a time."""
     num_rows, num_codes = log_w_RV.shape
-    rows = max(1, _NOISE_ELEMENTS.get(log_w_RV.device.type, _NOISE_ELEMENTS_DEVICE) // num_codes)
+    chunk = max(1, noise_elements(log_w_RV) // num_codes)
     codes_R = ids_R.new_empty(num_rows)
-    for piece in (slice(start, start + rows) for start in range(0, num_rows, rows)):
-        uniform_rV = keyed_uniform(seed, ids_R[piece], positions_R[piece], purpose, num_codes, stream)
-        best = (log_w_RV[piece] - torch.log(-torch.log(uniform_rV))).max(dim=-1)  # the first of equal maxima
-        codes_R[piece] = torch.where(best.values.isfinite(), best.indices, -1)
+    for start in range(0, num_rows, chunk):
+        rows = slice(start, start + chunk)
+        uniform_rV = keyed_uniform(seed, ids_R[rows], positions_R[rows], purpose, num_codes, stream)
+        codes_R[rows] = perturbed_argmax(log_w_RV[rows], -torch.log(-torch.log(uniform_rV)))
     return codes_R
+
+
+def perturbed_argmax(log_w: Tensor, noise: Tensor) -> Tensor:
+    """``argmax(log w + noise)`` over the last dimension, the first of equal maxima; -1 where the maximum is not finite."""
+    best = (log_w + noise).max(dim=-1)
+    return torch.where(best.values.isfinite(), best.indices, -1)
+
+
+def noise_elements(like: Tensor) -> int:
+    """How much noise to make at once on the device of a tensor."""
+    return NOISE_ELEMENTS.get(like.device.type, NOISE_ELEMENTS["cuda"])
 
 
 def verify(

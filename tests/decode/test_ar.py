@@ -8,6 +8,7 @@ from arsp.decode import ar
 from arsp.decode.ar import ARGenerator, decode_blocks, draw_codes, keyed_choice, sample_ar
 from arsp.decode.filters import LogitsPipeline
 from arsp.errors import ConfigError, NumericalError
+from arsp.kernels import reference
 from arsp.protocols import Capabilities, Generator, Layout, Request
 from arsp.rng import keyed_gumbel
 from arsp.testing.golden import find_cases
@@ -89,13 +90,16 @@ def test_draws_accept_positions_of_each_row():
 def test_large_draws_are_split_without_changing_them(monkeypatch):
     log_p, ids, positions = torch.randn(9, 2, 50).log_softmax(-1), torch.arange(9), torch.arange(2)
     whole = draw_codes(log_p, 0, ids, positions)
-    monkeypatch.setitem(ar._NOISE_ELEMENTS, "cpu", 250)
-    assert torch.equal(draw_codes(log_p, 0, ids, positions), whole)
+    monkeypatch.setattr(ar, "keyed_argmax", reference.keyed_argmax)
+    for elements in (1, 250, 1 << 16):
+        monkeypatch.setitem(reference.NOISE_ELEMENTS, "cpu", elements)
+        assert torch.equal(draw_codes(log_p, 0, ids, positions), whole), f"{elements} at once"
 
 
 @pytest.mark.parametrize("elements", [1, 6 * 8, 6 * 8 * 2, 6 * 8 * 3, 1 << 16])
 def test_noise_made_ahead_is_the_noise_of_each_position(decoder, monkeypatch, elements):
-    monkeypatch.setitem(ar._NOISE_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(reference.NOISE_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(ar, "fuses_noise", lambda log_p: False)
     codes = sample(decoder, range(8), seed=5).codes_BL
     log_p = torch.log_softmax(decoder.teacher_forced(request(range(8)), codes), -1)
     assert torch.equal(draw_codes(log_p, 5, torch.arange(8), torch.arange(5)), codes)
