@@ -72,7 +72,7 @@ class CodebookGeometry:
         for block, part in zip(ids.split(rows), nearest_Vk.split(rows), strict=True):
             # not by matrix products: equal codes have to have equal distances
             distance = torch.cdist(codebook[block], codebook, compute_mode="donot_use_mm_for_euclid_dist").float()
-            distance[torch.arange(len(block)), block] = torch.inf
+            distance.scatter_(1, block[:, None], torch.inf)
             keys = (distance.view(torch.int32).to(torch.int64) << 32) | ids
             part.copy_(keys.topk(k, largest=False).values & 0xFFFFFFFF)
         return nearest_Vk

@@ -1,0 +1,339 @@
+"""How many drafts the next pass should look at: measured times of a pass, acceptance estimated while decoding.
+
+A pass over W drafts feeds n = W + 1 codes a row and commits E(W) = sum_{d=0}^{W} S_d codes on average, S_d being the probability that at
+least d drafts stand. With T(B, n) the time of a pass of B rows, a window gains E(W) T(B, 1) / T(B, W + 1) over one code a pass.
+
+Windows chosen here depend on times and on how many drafts stood in earlier passes, that is on positions that are decided already. So
+when a position is decided depends on earlier positions only, and an exact scheme stays exact under any planner of this kind.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arsp.bench import timing
+from arsp.errors import ConfigError, InputError, UsageError
+from arsp.protocols import Decoder, Request
+from arsp.runs import cpu_model, write_json
+from arsp.zoo.load import cache_root
+
+CANDIDATES = (0, 1, 2, 4, 8, 16, 32, 64)
+
+MIN_GAIN = 1.02  # windows that promise less than this are not worth it
+TRIAL_ROWS = 16  # rows that a window is tried on before it counts as known
+MEMORY = 64  # passes that an estimate looks back on, about
+PRIOR = 4.0  # rows that the estimate of the next shallower depth counts for
+MAX_TRIAL = 2.0  # a trial takes at most this many times what one code takes
+FIRST_LOSS, LATER_LOSS = 0.04, 0.02  # shares of the time that trials may lose: until a window is known, and later
+_MAX_RATIO = 8.0  # passes slower than this (times one code) are not timed but extrapolated
+_NORMAL = NormalDist()
+
+
+# ----------------------------------------------------------------------------------------------------------------- cost
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds of one decoder pass.
+
+    ``seconds[B][n]``: B rows of n codes each, standing at different lengths as they do after drafts were accepted. ``aligned[B]``: one
+    code a row, all rows at the same length, which is plain AR. Between measured values interpolation is linear, beyond them along the
+    last two; one value alone counts for all.
+    """
+
+    seconds: dict[int, dict[int, float]]
+    aligned: dict[int, float]
+
+    def of(self, batch: int, num_codes: int) -> float:
+        """Seconds of a pass of ``batch`` rows at different lengths."""
+        return _line({rows: _line(by_width, num_codes) for rows, by_width in self.seconds.items()}, batch)
+
+    def ratio(self, batch: int, window: int) -> float:
+        """Time of a pass over ``window`` drafts in units of the time that plain AR takes for a code of each row."""
+        return self.of(batch, window + 1) / _line(self.aligned, batch)
+
+
+def _line(values: dict[int, float], x: int) -> float:
+    """Piecewise linear through ``values``, continued at the upper end, constant below the lower one."""
+    known = sorted(values)
+    if len(known) == 1 or x <= known[0]:
+        return values[known[0]]
+    right = min(bisect.bisect_left(known, x), len(known) - 1)
+    a, b = known[right - 1], known[right]
+    return values[a] + (values[b] - values[a]) * (x - a) / (b - a)
+
+
+def measure(
+    decoder: Decoder, request: Request, batch: int, widths: Sequence[int], repeats: int = 3, after: Callable[[Tensor], object] | None = None
+) -> StepCost:
+    """Time passes of ``batch`` rows (those of ``request``, repeated) over ``widths`` codes, 1 among them, in the middle of the sequence.
+
+    Medians of ``repeats`` interleaved rounds, of up to 25 where they take less than half a second. ``after(logits_BnV)`` is timed with
+    each pass: what a method does with the logits. The widest ones are left out once a pass takes more than 8 times that of one
+    code. ConfigError: the decoder cannot rewind, or a width does not fit.
+    """
+    if not decoder.capabilities.rewind:
+        raise ConfigError("this decoder cannot take codes back, so no window of drafts can be timed on it.")
+    room = decoder.layout.num_tokens - 1  # the last code predicts nothing
+    if 1 not in widths or not all(1 <= n <= room for n in widths):
+        raise ConfigError(f"widths {tuple(widths)}: expected 1 and others up to {room}.")
+    state = decoder.start(request.rows(torch.arange(batch) % request.batch_size))
+    device = state.lengths_B.device
+    codes_BL = (torch.arange(room, device=device) % decoder.vocab_size).expand(batch, room)
+
+    def work(n: int, ragged: bool) -> Callable[[], None]:
+        length = min(room // 2, room - n)
+        lengths_B = torch.full((batch,), length, device=device)
+        if ragged and length > 0:
+            lengths_B -= torch.arange(batch, device=device) % 2
+
+        def run() -> None:
+            decoder.rewind(state, lengths_B)
+            logits_BnV = decoder.step(state, codes_BL[:, :n])
+            if after is not None:
+                after(logits_BnV)
+
+        return run
+
+    decoder.step(state, codes_BL[:, : max(1, room // 2)])
+    clock = functools.partial(timing.measure, warmup=0, device=device, memory=False)
+    works, once = {}, {}
+    for name, each in [("aligned", work(1, False)), *((str(n), work(n, True)) for n in sorted(set(widths)))]:
+        once[name] = min(clock({name: each}, repeats=2)[name].seconds)  # the first time may be another
+        if once[name] > _MAX_RATIO * once["aligned"] and name != "1":
+            break
+        works[name] = each
+    rounds = max(repeats, min(25, int(0.5 / sum(once[name] for name in works))))
+    took = {name: timed.median_ms / 1e3 for name, timed in clock(works, repeats=rounds).items()}
+    aligned = took.pop("aligned")
+    seconds = {int(name): median for name, median in took.items()}
+    return StepCost({batch: seconds if batch > 1 else seconds | {1: aligned}}, {batch: aligned})
+
+
+def measured(
+    decoder: Decoder, request: Request, batch: int, key: str, repeats: int = 3, after: Callable[[Tensor], object] | None = None
+) -> StepCost:
+    """:func:`measure` for the windows of :data:`CANDIDATES` and 1, 2, 4, .. rows, up to the first power of two not below ``batch``.
+
+    Each number of rows is measured once for a device, its threads and ``key``, and kept in ``cache_root()/planner``; ``key`` names whatever
+    else the time depends on (weights, precision, guidance, ``after``). InputError when such a file is damaged.
+    """
+    room = decoder.layout.num_tokens - 1
+    widths = sorted({min(window + 1, room) for window in CANDIDATES})
+    device = decoder.start(request.rows(torch.arange(1)), 1).lengths_B.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
+    cost = StepCost({}, {})
+    for exponent in range((batch - 1).bit_length() + 1):
+        rows = 1 << exponent
+        what = {"device": name, "threads": torch.get_num_threads(), "key": key, "batch": rows, "widths": widths}
+        path = cache_root() / "planner" / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]}.json"
+        if not path.exists():
+            new = measure(decoder, request, rows, widths, repeats, after)
+            write_json(path, {**what, "seconds": new.seconds[rows], "aligned": new.aligned[rows]})
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            cost.seconds[rows] = {int(n): float(seconds) for n, seconds in stored["seconds"].items()}
+            cost.aligned[rows] = float(stored["aligned"])
+            if 1 not in cost.seconds[rows] or min(cost.aligned[rows], *cost.seconds[rows].values()) <= 0:
+                raise ValueError("times are missing or not positive")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not the times of a decoder pass ({error}).", f"Delete {path}; they are measured again.") from error
+    return cost
+
+
+# ----------------------------------------------------------------------------------------------------------- acceptance
+
+
+class Acceptance:
+    """Estimates S_d, the probability that at least d drafts of a pass stand, from windows of different sizes.
+
+    A row whose window ends before depth d says nothing about it. So what is averaged, exponentially over passes, is the rate at which
+    draft d stands where d - 1 did, over rows whose window reached d, and S_d is the product (Kaplan-Meier). Every window keeps averages of
+    its own, since drafts get better the longer they stay in a window; where it has few, those of all windows count, and where
+    these are few, the rate of the depth before.
+    """
+
+    def __init__(self) -> None:
+        self.rows = [0] * len(CANDIDATES)  # seen by each window
+        self._reached = np.zeros((len(CANDIDATES), CANDIDATES[-1]))  # by window and depth, which begins at 1
+        self._stood = np.zeros_like(self._reached)
+        self._shared: list[float] = []  # rates by depth over all windows; this and the next are made when asked for
+        self._moments: dict[int, tuple[float, float]] = {}
+
+    def observe(self, accepted: Sequence[int], windows: Sequence[int]) -> None:
+        """One pass: how many drafts of each row stood, of how many."""
+        if not any(windows):
+            return
+        self._shared, self._moments = [], {}
+        self._reached *= 1 - 1 / MEMORY
+        self._stood *= 1 - 1 / MEMORY
+        for stood, window in zip(accepted, windows, strict=True):
+            own = _own(window)
+            self._reached[own, : min(stood + 1, window)] += 1
+            self._stood[own, :stood] += 1
+            self.rows[own] += window > 0
+
+    def survival(self, window: int) -> list[float]:
+        """``[S_0, .., S_window]`` of a pass over this window. Needs an observation (``any(rows)``)."""
+        if not self._shared:
+            reached, stood = self._reached.sum(0).tolist(), self._stood.sum(0).tolist()
+            rate = stood[0] / reached[0]
+            self._shared = [rate := (s + PRIOR * rate) / (r + PRIOR) for r, s in zip(reached, stood, strict=True)]
+        survival, own = [1.0], _own(window)
+        reached, stood = self._reached[own, :window].tolist(), self._stood[own, :window].tolist()
+        for r, s, rate in zip(reached, stood, self._shared, strict=False):
+            survival.append(survival[-1] * (s + PRIOR * rate) / (r + PRIOR))
+        return survival
+
+    def moments(self, window: int) -> tuple[float, float]:
+        """Mean E and variance of the codes that a pass over this window commits."""
+        if window not in self._moments:
+            survival = self.survival(window)
+            mean = sum(survival)
+            self._moments[window] = mean, max(0.0, sum((2 * d + 1) * s for d, s in enumerate(survival)) - mean**2)
+        return self._moments[window]
+
+
+def _own(window: int) -> int:
+    """Index of the largest candidate up to ``window``."""
+    return bisect.bisect_right(CANDIDATES, window) - 1
+
+
+# -------------------------------------------------------------------------------------------------------------- planner
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What a window promises: time of a pass in units of one code, codes it commits, speed-up. None: nothing was observed yet."""
+
+    window: int
+    time_ratio: float
+    tokens_per_pass: float | None = None
+    speedup: float | None = None
+
+
+class WindowPlanner:
+    """Chooses windows from :data:`CANDIDATES`; the same observations give the same windows. Keep one for all batches of a run.
+
+    * The window with the largest predicted speed-up is taken if that exceeds 1.02, else W = 0: plain AR. Once rows stand at different
+      lengths, what it is compared with is W = 0 in this state, which is slower than plain AR. Before that, the prediction
+      includes that the rows of a batch end at different times.
+    * A window wider than those known is tried until 16 rows have been through it: the widest one that takes at most twice the time of one
+      code, could gain if all drafts stood, and, if none does, keeps what trials lost below 4 % of the time of what is done and
+      still to come of the batch (2 % once a window is known).
+    * W = 0 stays until 2 % of the time of what is done would pay for trying the best window again, none of its drafts standing.
+    * Passes that turn out faster than plain AR pay earlier losses back, and no more than these.
+    """
+
+    def __init__(self, cost: StepCost):
+        self.acceptance = Acceptance()
+        self._of, self._ratio = functools.cache(cost.of), functools.cache(cost.ratio)
+        self._done = self._lost = 0.0  # in times of one code
+        self._aligned, self._remaining = True, 0
+        self._scope = (1, 1)  # rows and codes to come of the longest call so far
+
+    def choose(self, batch: int, remaining: int) -> int:
+        """Drafts of the next pass, at most ``remaining - 1``; ``batch`` active rows, the one furthest behind lacks ``remaining`` codes."""
+        if batch < 1 or remaining < 1:
+            raise UsageError(f"choose: {batch} rows with {remaining} codes to come, expected 1 or more of both.")
+        self._aligned |= remaining > self._remaining  # a new batch
+        self._remaining = remaining
+        self._scope = max(self._scope, (batch, remaining), key=lambda scope: scope[0] * scope[1])
+        return self._decide(batch, remaining, self._aligned)[0]
+
+    def observe(self, accepted_B: Tensor, window_B: Tensor) -> None:
+        """After every pass, W = 0 included: how many drafts of each row stood, of how many it looked at."""
+        accepted, windows = torch.as_tensor(accepted_B).tolist(), torch.as_tensor(window_B).tolist()
+        possible = len(accepted) == len(windows) and all(0 <= a <= w <= CANDIDATES[-1] for a, w in zip(accepted, windows, strict=True))
+        if not accepted or not possible:
+            raise UsageError(
+                f"observe: accepted {accepted} of {windows} drafts, expected as many numbers, 0 <= accepted <= {CANDIDATES[-1]}."
+            )
+        committed = 1 + sum(accepted) / len(accepted)
+        self._done += committed
+        self._lost = max(0.0, self._lost + self._time(len(accepted), max(windows), self._aligned) - committed)
+        self._aligned &= len(set(accepted)) == 1
+        self.acceptance.observe(accepted, windows)
+
+    def decision(self) -> str:
+        """One sentence: what is done at the start of a batch, given all that was observed."""
+        return self._decide(*self._scope, True)[1]
+
+    def table(self) -> list[dict[str, Any]]:
+        """The prospects behind :meth:`decision`, by window, as plain values."""
+        return [asdict(prospect) for prospect in self._prospects(*self._scope, True)]
+
+    def _decide(self, batch: int, remaining: int, aligned: bool) -> tuple[int, str]:
+        plain, *others = self._prospects(batch, remaining, aligned)
+        if not others:
+            return 0, "plain AR: one code is left."
+        known = max((own for own, rows in enumerate(self.acceptance.rows) if rows >= TRIAL_ROWS), default=0)
+        wider = [x for x in others if _own(x.window) > known]
+        if trial := self._trial(wider, plain, batch, remaining, (LATER_LOSS if known else FIRST_LOSS) * (self._done + remaining)):
+            return trial.window, f"window {trial.window}: being tried at {trial.time_ratio:.2f}x the time of one token."
+        if not any(self.acceptance.rows):
+            most = max(others, key=lambda x: (x.window + 1) / x.time_ratio)
+            bound = (most.window + 1) / most.time_ratio
+            if bound < MIN_GAIN:
+                return 0, f"plain AR: no window gains; with every draft accepted W={most.window} would reach {bound:.2f}x."
+            return 0, f"plain AR: trying a window could lose more than {FIRST_LOSS:.0%} of the time of a batch."
+        best = max(others, key=lambda x: x.speedup)
+        if best.speedup >= MIN_GAIN * plain.speedup:
+            cost = f"{best.tokens_per_pass:.1f} tokens a pass predicted at {best.time_ratio:.1f}x the time of one token"
+            return best.window, f"window {best.window}: {cost}."
+        if self._trial([best], plain, batch, remaining, LATER_LOSS * self._done):
+            return best.window, f"window {best.window}: being tried again, {best.speedup:.2f}x predicted."
+        return 0, f"plain AR: no window gains; best W={best.window} predicts {best.speedup:.2f}x."
+
+    def _time(self, batch: int, window: int, aligned: bool) -> float:
+        """In units of what plain AR takes for a code."""
+        return 1.0 if aligned and window == 0 else self._ratio(batch, window)
+
+    def _prospects(self, batch: int, remaining: int, aligned: bool) -> list[Prospect]:
+        """Of the candidates that fit, W = 0 first."""
+        found = []
+        for window in sorted({min(window, remaining - 1) for window in CANDIDATES}):
+            ratio = self._time(batch, window, aligned)
+            if window == 0:
+                found.append(Prospect(0, ratio, 1.0, 1 / ratio))
+            elif not any(self.acceptance.rows):
+                found.append(Prospect(window, ratio))
+            else:
+                tokens, variance = self.acceptance.moments(window)
+                tail = self._tail(batch, window, variance / (remaining * tokens)) if aligned and batch > 1 else 0.0
+                found.append(Prospect(window, ratio, tokens, tokens / ratio / (1 + tail)))
+        return found
+
+    def _tail(self, batch: int, window: int, spread: float) -> float:
+        """What the last rows of a batch add to its time while the others are finished, as a share.
+
+        A row of N codes takes about N / E passes; ``spread`` is their relative variance Var / (N E) (renewal theory). The slowest of B
+        rows is Blom's normal quantile above the mean, and a pass of few rows saves only what T(1, n) leaves of T(B, n).
+        """
+        slowest = _NORMAL.inv_cdf((batch - 0.375) / (batch + 0.25))
+        return self._of(1, window + 1) / self._of(batch, window + 1) * slowest * math.sqrt(spread)
+
+    def _trial(self, prospects: list[Prospect], plain: Prospect, batch: int, remaining: int, allowed: float) -> Prospect | None:
+        """The widest window that may be tried; None: none.
+
+        At worst a trial adds its time less that of W = 0, and leaves rows at different lengths, where each later code is slower.
+        """
+        uneven = max(0.0, self._time(batch, 0, False) - plain.time_ratio) * (remaining - 1)
+        fits = lambda x: (  # noqa: E731
+            x.time_ratio <= MAX_TRIAL * plain.time_ratio
+            and (x.window + 1) / x.time_ratio >= MIN_GAIN
+            and self._lost + x.time_ratio - plain.time_ratio + uneven <= allowed
+        )
+        return max(filter(fits, prospects), key=lambda x: x.window, default=None)
