@@ -1,5 +1,5 @@
 """Each kernel against torch where it is used: layers of LlamaGen GPT-B with weights streamed from memory as in decoding one
-image, and attention of the last scale of VAR-d16."""
+image, attention of the last scale of VAR-d16, and the draws of a window of 16 tokens of LlamaGen and one more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 from arsp import kernels
 from arsp.bench.timing import measure, speedup
+from arsp.kernels import reference
 from arsp.kernels.reference import window_mask
+from arsp.rng import Purpose
 
 SHAPES = {"wqkv": (2304, 768), "wo": (768, 768), "w1": (2048, 768), "w2": (768, 2048), "output": (16384, 768)}  # (N, K) of GPT-B
 STREAM_BYTES = 96 << 20  # copies of a weight that are cycled through: more than the last-level cache of most processors
@@ -22,6 +24,8 @@ MAPS = {  # official sides of VAR by pixels
 }
 HEADS, HEAD_DIM = 16, 64  # VAR-d16
 WINDOWS = (1, 2, 3)
+WINDOW_ROWS, CODES = 17, 16384
+LAWS = {"plain": (1.0, 0, 1.0), "top-k 2000, top-p 0.95": (1.0, 2000, 0.95)}  # temperature, top_k, top_p
 
 
 def bench_small_linear(
@@ -86,3 +90,41 @@ def bench_windowed_scale_attention(
         if progress:
             progress(1)
     return lines
+
+
+@torch.inference_mode()
+def bench_keyed_argmax(dtype: torch.dtype, *, repeats: int = 9, progress: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
+    """One line: draws from every row of normal logits of deviation 2, against the same in torch."""
+    logits, ids = _rows(dtype)
+    return [_draw_line("plain", kernels.keyed_argmax, reference.keyed_argmax, (logits, 0, ids, ids, Purpose.TOKEN), repeats, progress)]
+
+
+@torch.inference_mode()
+def bench_verify(dtype: torch.dtype, *, repeats: int = 9, progress: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
+    """One line a setting of the filters, on the rows of :func:`bench_keyed_argmax`."""
+    logits, ids = _rows(dtype)
+    return [
+        _draw_line(name, kernels.verify, reference.verify, (logits, ids, *law, 0, ids, ids, Purpose.TOKEN), repeats, progress)
+        for name, law in LAWS.items()
+    ]
+
+
+def _rows(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = 2 * torch.randn(WINDOW_ROWS, CODES, generator=torch.Generator().manual_seed(0))
+    return logits.to(dtype), torch.arange(WINDOW_ROWS)
+
+
+def _draw_line(
+    name: str, kernel: Callable[..., Any], plain: Callable[..., Any], arguments: tuple[Any, ...], repeats: int,
+    progress: Callable[[int], None] | None,
+) -> dict[str, Any]:  # fmt: skip
+    timings = measure({"kernel": partial(kernel, *arguments), "torch": partial(plain, *arguments)}, repeats=repeats, memory=False)
+    ratio = speedup(timings["kernel"], timings["torch"])
+    if progress:
+        progress(1)
+    rows, codes = arguments[0].shape
+    return {
+        "law": name, "rows": rows, "codes": codes,
+        "kernel_us": timings["kernel"].median_ms * 1e3, "torch_us": timings["torch"].median_ms * 1e3,
+        "ratio": ratio.value, "low": ratio.low, "high": ratio.high,
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
@@ -254,7 +255,7 @@ def parts_table(parts: dict[str, list[dict[str, Any]]]) -> Any:
 class KernelBenchConfig(StrictModel):
     """What ``arsp bench kernels`` measures."""
 
-    op: Literal["all", "small_linear", "windowed_scale_attention"] = "all"
+    op: Literal["all", "small_linear", "windowed_scale_attention", "keyed_argmax", "verify"] = "all"
     rows: list[int] = Field(default=[1, 2, 4, 8, 16], min_length=1, description="rows of the input of small_linear")
     repeats: int = Field(9, ge=1, description="timed rounds")
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -262,7 +263,7 @@ class KernelBenchConfig(StrictModel):
 
     @property
     def ops(self) -> tuple[str, ...]:
-        return ("small_linear", "windowed_scale_attention") if self.op == "all" else (self.op,)
+        return ("small_linear", "windowed_scale_attention", "keyed_argmax", "verify") if self.op == "all" else (self.op,)
 
 
 @command(
@@ -277,7 +278,11 @@ class KernelBenchConfig(StrictModel):
 def kernels(
     ctx: CommandContext,
     op: Annotated[
-        Optional[str], typer.Option(help="small_linear (layers of LlamaGen GPT-B), windowed_scale_attention (VAR-d16) or all (default)")
+        Optional[str],
+        typer.Option(
+            help="small_linear (layers of LlamaGen GPT-B), windowed_scale_attention (VAR-d16), keyed_argmax, verify (17 rows of "
+            "16384 codes) or all (default)"
+        ),
     ] = None,
     rows: Annotated[
         Optional[list[int]], typer.Option(min=1, help="Rows of the input of small_linear; may be repeated (default: 1 2 4 8 16)")
@@ -304,7 +309,7 @@ def kernels(
         lines = time_kernels(ctx, config)
         for name in config.ops:
             for line in lines[name]:
-                what = line["layer"] if name == "small_linear" else f"{line['map']}, window {line['window']}"
+                what = f"{line['map']}, window {line['window']}" if "map" in line else line.get("layer") or line["law"]
                 extra = {key: value for key, value in line.items() if key != "ratio"}
                 run.add_metric("ratio", line["ratio"], n=config.repeats, protocol=f"{what}, {line['rows']} rows", op=name, **extra)
     where = f"{config.dtype}, {torch.get_num_threads()} threads"
@@ -315,23 +320,23 @@ def time_kernels(ctx: CommandContext, config: KernelBenchConfig) -> dict[str, li
     """op -> its lines."""
     import torch
 
-    from arsp.bench.kernels import MAPS, SHAPES, bench_small_linear, bench_windowed_scale_attention
+    from arsp.bench import kernels as timed
     from arsp.runs import check_stop
 
     dtype = getattr(torch, config.dtype)
-    steps = {"small_linear": len(SHAPES) * len(config.rows), "windowed_scale_attention": len(MAPS)}
-    with ctx.progress(sum(steps[name] for name in config.ops), "shapes") as advance:
+    benches: dict[str, tuple[int, Any]] = {
+        "small_linear": (len(timed.SHAPES) * len(config.rows), partial(timed.bench_small_linear, config.rows)),
+        "windowed_scale_attention": (len(timed.MAPS), timed.bench_windowed_scale_attention),
+        "keyed_argmax": (1, timed.bench_keyed_argmax),
+        "verify": (len(timed.LAWS), timed.bench_verify),
+    }
+    with ctx.progress(sum(benches[name][0] for name in config.ops), "shapes") as advance:
 
         def tick(n: int) -> None:
             advance(n)
             check_stop()
 
-        lines = {}
-        if "small_linear" in config.ops:
-            lines["small_linear"] = bench_small_linear(config.rows, dtype, repeats=config.repeats, progress=tick)
-        if "windowed_scale_attention" in config.ops:
-            lines["windowed_scale_attention"] = bench_windowed_scale_attention(dtype, repeats=config.repeats, progress=tick)
-    return lines
+        return {name: benches[name][1](dtype, repeats=config.repeats, progress=tick) for name in config.ops}
 
 
 def kernel_table(backend: dict[str, str], lines: list[dict[str, Any]], where: str) -> Any:

@@ -113,13 +113,19 @@ def test_kernel_record_holds_a_ratio_for_every_shape_of_the_chosen_ops(tmp_path,
     monkeypatch.setattr(bench_kernels, "MAPS", {48: (1, 2, 3), 64: (1, 2, 4)})
     monkeypatch.setattr(bench_kernels, "SHAPES", {"wo": (64, 32)})
     monkeypatch.setattr(bench_kernels, "STREAM_BYTES", 1)
+    monkeypatch.setattr(bench_kernels, "WINDOW_ROWS", 3)
     from typer.testing import CliRunner
 
     from arsp.cli.app import app
 
     monkeypatch.setenv("ARSP_RUNS", str(tmp_path))
-    expected = {"small_linear": ["wo, 3 rows"], "windowed_scale_attention": []}
-    expected["windowed_scale_attention"] = [f"d16 {px} px, window {r}, 2 rows" for px in (48, 64) for r in (1, 2, 3)]
+    expected = {
+        "small_linear": ["wo, 3 rows"],
+        "windowed_scale_attention": [f"d16 {px} px, window {r}, 2 rows" for px in (48, 64) for r in (1, 2, 3)],
+        "keyed_argmax": ["plain, 3 rows"],
+        "verify": ["plain, 3 rows", "top-k 2000, top-p 0.95, 3 rows"],
+    }
+    kept = {}
     for op, names in (("all", list(expected)), *((name, [name]) for name in expected)):
         rows = ["--rows", "3"] if "small_linear" in names else []
         done = CliRunner().invoke(app, ["bench", "kernels", "--op", op, *rows, "--threads", "1", "--json"])
@@ -128,8 +134,9 @@ def test_kernel_record_holds_a_ratio_for_every_shape_of_the_chosen_ops(tmp_path,
         assert {metric["name"] for metric in metrics} == {"ratio"}
         assert [metric["protocol"] for metric in metrics] == [line for name in names for line in expected[name]]
         assert all(metric["value"] > 0 and metric["low"] <= metric["value"] <= metric["high"] for metric in metrics)
+        kept[op] = metrics[0].get("kept")
     # pairs along one side: 3 of 3 with the map of side 1, 4 of 6 with side 2, 7 of 9 with side 3
-    assert metrics[0]["kept"] == pytest.approx((3**2 + 4**2 + 7**2) / (9 * 14))
+    assert kept["windowed_scale_attention"] == pytest.approx((3**2 + 4**2 + 7**2) / (9 * 14))
 
 
 def _text(table):

@@ -119,7 +119,7 @@ ARSP_TARGET inline void make_words(const Key& key, int64_t first, bits* words) {
   }
 }
 
-// Not below the Gumbel noise of a word, and at most 0.07 above it where the noise is large: with v = 1 - u,
+// Not below the Gumbel noise of a word, and at most 0.09 above it where the noise is above 3: with v = 1 - u,
 // -log(-log u) <= -log v, and a float's bits read as a whole number give its logarithm to base 2 by linear interpolation.
 ARSP_TARGET inline vec noise_bound(bits word) {
   const vec v = __builtin_convertvector((ints)(~word >> 9), vec) + 0.5f;  // times 2^23
@@ -265,13 +265,14 @@ ARSP_TARGET Law filter(const float* s, int64_t V, int64_t padded, float max, con
   if (filters.top_p < 1) {
     const double limit = filters.top_p * total;
     const Cut cut = select<true>(list, scratch.spare.get(), num, limit, max);
-    const double places = std::floor((limit - cut.better) / cut.weight) + 1;
-    if (places < cut.equal) {  // the cut goes through equal values: the smaller ids stay
-      int64_t left = static_cast<int64_t>(places);
-      for (law.last = -1; left > 0; ) left -= s[++law.last] == cut.value;
-    }
+    const double room = cut.weight > 0 ? std::floor((limit - cut.better) / cut.weight) + 1 : INFINITY;
+    const int64_t ties = room < cut.equal ? static_cast<int64_t>(room) : cut.equal;
     law.threshold = cut.value;
-    total = cut.better + std::min<double>(places, cut.equal) * cut.weight;
+    if (ties < cut.equal) {  // the cut goes through equal values: the smaller ids stay
+      law.last = -1;
+      for (int64_t left = ties; left > 0; left -= s[law.last] == cut.value) ++law.last;
+    }
+    total = cut.better + ties * cut.weight;
   }
   law.lse = static_cast<float>(max + std::log(total));
   return law;
