@@ -131,8 +131,9 @@ class Decoder(Protocol):
     def rewind(self, state: Any, lengths_B: Tensor) -> None:
         """Forget every token of row b at positions >= ``lengths_B[b]``."""
 
-    def keep(self, state: Any, slots_Bk: Tensor, lengths_B: Tensor) -> None:
-        """After a pass with nodes: the tokens at these slots become the last k of ``lengths_B[b]`` known ones (with ``rewind``)."""
+    def keep(self, state: Any, slots_Bk: Tensor, start_B: Tensor, count_B: Tensor) -> None:
+        """After a pass with nodes (of a decoder that rewinds): the tokens at the first ``count_B[b]`` of these slots become positions
+        ``start_B[b]`` and on, and everything else behind ``start_B`` is forgotten."""
 
     def select(self, state: Any, rows: Tensor) -> Any:
         """Keep only these rows (batch compaction)."""

@@ -33,6 +33,7 @@ class Purpose(enum.IntEnum):
     SMOOTH = 8  # Gumbel noise of smoothed vectors
     DRAFT = 9  # drafts of the verify family
     COUPLE = 10  # whether a draft survives a redraw
+    SIBLING = 11  # further drafts of one position
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,9 +76,11 @@ def keyed_uniform(seed: int, sample_ids: Tensor, positions: Tensor, purpose: Pur
     return ((words >> 9).float() + 0.5) * 2.0**-23
 
 
-def keyed_gumbel(seed: int, sample_ids: Tensor, positions: Tensor, num: int, purpose: Purpose = Purpose.TOKEN) -> Tensor:
+def keyed_gumbel(
+    seed: int, sample_ids: Tensor, positions: Tensor, num: int, purpose: Purpose = Purpose.TOKEN, stream: int = 0
+) -> Tensor:  # fmt: skip
     """Standard Gumbel noise ``-log(-log u)`` in float32, shape ``(*broadcast, num)``."""
-    return -torch.log(-torch.log(keyed_uniform(seed, sample_ids, positions, purpose, num)))
+    return -torch.log(-torch.log(keyed_uniform(seed, sample_ids, positions, purpose, num, stream)))
 
 
 def keyed_normal(seed: int, sample_ids: Tensor, positions: Tensor, num: int, purpose: Purpose = Purpose.NOISE) -> Tensor:

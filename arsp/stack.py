@@ -28,16 +28,18 @@ from arsp.decode.few_step import (
 )
 from arsp.decode.filters import LogitsPipeline
 from arsp.decode.guidance import Guidance, RampGuidance
+from arsp.decode.modes import MODES, Parts, VerifyConfig, build_mode, settle
+from arsp.decode.planner import WindowPlanner, measured
 from arsp.decode.schedule import ScaleRow, ScaleStep, describe_rows, load_schedule, parse_collab
 from arsp.decode.smooth import SmoothGenerator
 from arsp.errors import ConfigError, InputError
 from arsp.protocols import Generation, Generator, Request
 from arsp.registry import Registry
-from arsp.rng import keyed_labels
+from arsp.rng import Purpose, keyed_labels
 from arsp.tokenizers.fast_decode import PixelDecoder, prepare_decoder
 from arsp.tokenizers.pixels import resize_for_evaluation, to_uint8
 from arsp.zoo.load import LoadedModel, ModelSource, cache_root, load_model, resolve
-from arsp.zoo.steps import check_steps, load_steps, parts_of
+from arsp.zoo.steps import beside, check_steps, load_steps, parts_of
 
 SAMPLERS = Registry("samplers")
 DEFAULT_BATCH = 64  # images at a time where the user does not say
@@ -48,7 +50,8 @@ class StackConfig(StrictModel):
 
     model: str = Field("llamagen", description="zoo name, bundle, or official file")
     tokenizer: str | None = Field(None, description="tokenizer file of an official GPT file")
-    sampler: str = Field("ar", description="how codes are drawn from a teacher")
+    sampler: str = Field("ar", description="how codes are drawn from a teacher: ar, or a mode of arsp speculate")
+    verify: VerifyConfig = Field(VerifyConfig(), description="options of such a mode")
     rng: Literal["keyed", "torch"] = Field("keyed", description="keyed: image i depends on (seed, i) only; torch: multinomial stream")
     cfg: float | None = Field(None, ge=0, description="guidance scale (off: <= 1, of a next-scale model 0)")
     cfg_interval: int = Field(-1, ge=-1, description="guide only the first codes, official counting (-1: all)")
@@ -162,6 +165,14 @@ class Stack:
             "rng": self.config.rng,
             "num_tokens": source.layout.num_tokens,
             "grid": list(source.layout.grid),
+            **(
+                {
+                    "verify": settle(self.config.sampler, self.config.verify, source.layout).model_dump(exclude_none=True)
+                    | {"exactness": self.generator.exactness}
+                }
+                if hasattr(self.generator, "statistics")
+                else {}
+            ),
             **({"decoder": changed} if (changed := decoder_options(self.config)) else {}),
             **(
                 {
@@ -192,6 +203,9 @@ class Stack:
             "weight_bytes": sum(p.numel() * p.element_size() for module in self.modules() for p in module.parameters()),
             "simulated": any(step.policy.simulated for step in self.steps),
             **({"attention": reports} if reports else {}),
+            **(
+                {"verify": self.generator.statistics.report(self.model.source.layout.grid)} if hasattr(self.generator, "statistics") else {}
+            ),
         }
 
     def modules(self) -> list[Any]:
@@ -225,7 +239,14 @@ def check(config: StackConfig) -> ModelSource:
                     f"{option} belongs to a distilled student; {source.name} is a teacher.",
                     f"Use --model {source.family.student}, or distil your own.",
                 )
-        SAMPLERS.get(config.sampler)
+        if config.sampler in MODES:
+            check_mode(config, source)
+        else:
+            SAMPLERS.get(config.sampler)
+            if config.verify != VerifyConfig():
+                raise ConfigError(
+                    f"verify.*: options of a mode of the verify family, the sampler is {config.sampler}.", "Give --sampler MODE."
+                )
         if config.baseline:
             parse_baseline(config.baseline, source.layout)
             if config.rng != "keyed":
@@ -273,6 +294,65 @@ def check(config: StackConfig) -> ModelSource:
     if config.share and not guidance.active:
         raise ConfigError("--share: without guidance there are no halves to share.", "Drop it, or give --cfg above 0.")
     return source
+
+
+def check_mode(config: StackConfig, source: ModelSource) -> VerifyConfig:
+    """The settled options of a mode. ConfigError when model, options or draft model do not fit it; no weight is read."""
+    if not source.capabilities.rewind:
+        raise ConfigError(
+            f"--sampler {config.sampler}: {source.name} is a {source.layout.order} {source.kind} and cannot take codes back.",
+            "Use a raster teacher: --model llamagen.",
+        )
+    options = settle(config.sampler, config.verify, source.layout)
+    if config.rng != "keyed":
+        raise ConfigError(f"--rng {config.rng} has no effect on {config.sampler}, which draws with the keyed stream.")
+    if config.baseline:
+        raise ConfigError(f"--baseline and --sampler {config.sampler} both say how codes are made.", "Drop one of the two.")
+    if options.draft_model:
+        beside(resolve(options.draft_model), source)
+    if config.sampler.startswith("lantern") and source.tokenizer_identity is None:
+        raise InputError(
+            f"--sampler {config.sampler}: {source.name} has no tokenizer, and near codes need its codebook.", "Give --tokenizer FILE."
+        )
+    return options
+
+
+def _mode(config: StackConfig, model: LoadedModel, decoder: Any, pipeline: LogitsPipeline, log: Callable[[str], None]) -> Generator:
+    """The generator of a mode of the verify family."""
+    options = settle(config.sampler, config.verify, model.source.layout)
+    parts = Parts(decoder, pipeline, embedding_VC=model.module.tok_embeddings.weight.detach())
+    if config.sampler.startswith("lantern"):
+        parts.codebook_VE = model.codebook_VE
+    if options.draft_model:
+        draft = load_model(
+            resolve(options.draft_model), model.device, model.dtype, random_weights=config.random_weights, with_tokenizer=False
+        )
+        parts.draft = draft.decoder(decoder.guidance)
+    if options.init == "prior":
+        parts.prior_YLV = _frequencies(model, decoder, pipeline, SAMPLERS.get("ar")(decoder, pipeline, "keyed"), log)
+    if options.window == "auto":
+
+        def plan(request: Request) -> WindowPlanner:
+            key = f"{model.sha256}-{model.dtype}-{decoder.guidance}-{pipeline}-{config.sampler}"
+            ids = torch.zeros(1, dtype=torch.int64, device=model.device)
+
+            def check_drafts(logits_BmV: Tensor) -> None:
+                codes = logits_BmV.new_zeros(logits_BmV.shape[:2], dtype=torch.int64)
+                pipeline.verify(logits_BmV, codes, 0, ids.expand(len(codes)), codes, Purpose.DRAFT)
+
+            log("timing passes of this model to choose windows (kept for the next run)")
+            return WindowPlanner(measured(decoder, request, request.batch_size, key, after=check_drafts))
+
+        parts.planner = plan
+    return build_mode(config.sampler, parts, options)
+
+
+def mode_label(config: StackConfig, source: ModelSource) -> str:
+    """What a mode of the verify family adds to the name of a stack."""
+    if config.sampler not in MODES:
+        return ""
+    given = {key: value for key, value in config.verify if value is not None}
+    return " " + " ".join([config.sampler, *(f"{key}={value}" for key, value in given.items())])
 
 
 def next_scale_options(config: StackConfig) -> list[str]:
@@ -360,9 +440,12 @@ def build(
             rows = schedule_rows(config, source)
             steps = load_steps(rows, model, device, dtype, config.random_weights)
         decoder = model.decoder(guidance, steps or None)
-        ar = SmoothGenerator(decoder, pipeline) if config.more_smooth else SAMPLERS.get(config.sampler)(decoder, pipeline, config.rng)
+        if config.sampler in MODES:
+            ar = _mode(config, model, decoder, pipeline, log)
+        else:
+            ar = SmoothGenerator(decoder, pipeline) if config.more_smooth else SAMPLERS.get(config.sampler)(decoder, pipeline, config.rng)
         generator, name = (
-            (ar, source.label)
+            (ar, source.label + mode_label(config, source))
             if not config.baseline
             else (_baseline(config, model, decoder, pipeline, ar, log), f"{source.label} {config.baseline}")
         )
@@ -417,7 +500,12 @@ def _baseline(
     kind, skip = parse_baseline(config.baseline, decoder.layout)
     if kind == "skip":
         return SkipGenerator(decoder, pipeline, model.codebook_VE, skip)
-    num_classes = model.source.config["num_classes"]
+    return MarginalGenerator(_frequencies(model, decoder, pipeline, ar, log), decoder.layout, mode=kind == "mode")
+
+
+def _frequencies(model: LoadedModel, decoder: Any, pipeline: LogitsPipeline, ar: Generator, log: Callable[[str], None]) -> Tensor:
+    """How often the teacher draws each code, by class and position ``(Y, L, V)``; counted once and kept."""
+    num_classes = max(1, model.source.config.get("num_classes", 0))
     num = num_classes * max(50, 5000 // num_classes)
     rule = f"{model.sha256}-{decoder.guidance}-{pipeline}-{num}"
     cache = cache_root() / "frequencies" / f"{_digest(rule)}.safetensors"
@@ -425,10 +513,9 @@ def _baseline(
         log(f"counting the teacher's codes over {num} samples (kept in {cache})")
     try:
         device = model.device
-        table = class_frequencies(ar, decoder.layout, num_classes, decoder.vocab_size, num=num, seed=1_000_003, cache=cache, device=device)
+        return class_frequencies(ar, decoder.layout, num_classes, decoder.vocab_size, num=num, seed=1_000_003, cache=cache, device=device)
     except SafetensorError as error:
         raise InputError(f"the stored code frequencies {cache} cannot be read: {error}", f"Delete {cache} to count them again.") from error
-    return MarginalGenerator(table, decoder.layout, mode=kind == "mode")
 
 
 def _digest(text: str) -> str:

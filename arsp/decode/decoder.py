@@ -78,13 +78,13 @@ class RasterDecoder:
             return self._step_nodes(state, codes_Bn, nodes)
         return self._extend(state, codes_Bn) if state.prefilled else self._prefill(state, codes_Bn)
 
-    def keep(self, state: RasterState, slots_Bk: Tensor, lengths_B: Tensor) -> None:
-        """After a pass with nodes: the codes at the first cache slots ``slots_Bk[b]`` (ascending) become positions
-        ``lengths_B[b] - k ..``; row b then holds ``lengths_B[b]`` codes."""
-        P, k = self.model.config.cls_token_num, slots_Bk.shape[1]
-        target = lengths_B[:, None] - k + torch.arange(k, device=slots_Bk.device)
+    def keep(self, state: RasterState, slots_Bk: Tensor, start_B: Tensor, count_B: Tensor) -> None:
+        """After a pass with nodes: the codes at the first ``count_B[b]`` of the slots ``slots_Bk[b]`` become positions ``start_B[b]`` and
+        on; row b then holds ``start_B + count_B`` codes."""
+        P = self.model.config.cls_token_num
+        target = start_B[:, None] + torch.arange(slots_Bk.shape[1], device=slots_Bk.device)
         state.cache.move(P + slots_Bk, P + target)
-        self._stand_at(state, lengths_B)
+        self._stand_at(state, start_B + count_B)
 
     def rewind(self, state: RasterState, lengths_B: Tensor) -> None:
         """Forget codes at positions >= ``lengths_B[b]``; their cache slots are overwritten by the next pass."""

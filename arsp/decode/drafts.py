@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arsp.decode.filters import LogitsPipeline
 from arsp.decode.law import Law
 from arsp.errors import ConfigError, nearest
 from arsp.kernels import keyed_argmax
-from arsp.protocols import Request
+from arsp.protocols import Decoder, Request
 from arsp.rng import Purpose, keyed_uniform
 
 ONE_HOT, UNIFORM, PRIOR = -1, -2, -3  # laws that need no storage; a number >= 0 is a position of ``Tape.laws``
@@ -38,6 +39,7 @@ class Tape:
 
     request: Request
     vocab_size: int
+    length: int
     codes_BL: Tensor
     known_B: Tensor
     drafted_B: Tensor
@@ -49,21 +51,21 @@ class Tape:
     passes: int = 0
 
     @staticmethod
-    def of(request: Request, length: int, vocab_size: int, prior_YLV: Tensor | None = None) -> Tape:
-        """Nothing known yet. ``prior_YLV``: probabilities by class, position and code."""
+    def of(request: Request, length: int, vocab_size: int, prior_YLV: Tensor | None = None, spare: int = 0) -> Tape:
+        """Nothing known yet. ``prior_YLV``: probabilities by class, position and code. ``spare``: positions behind the end that a method
+        may scribble on."""
         ids = request.sample_ids_B
-        codes, none, rows = ids.new_zeros(len(ids), length), torch.zeros_like(ids), torch.arange(len(ids), device=ids.device)
+        codes, none, rows = ids.new_zeros(len(ids), length + spare), torch.zeros_like(ids), torch.arange(len(ids), device=ids.device)
         labels = request.labels_B if request.labels_B is not None else none
-        prior = None if prior_YLV is None else prior_YLV.to(ids.device)[labels]
-        uniform = keyed_uniform(request.seed, ids[:, None], torch.arange(length, device=ids.device), Purpose.ACCEPT, 1)[..., 0]
-        return Tape(request, vocab_size, codes, none, none, torch.full_like(codes, ONE_HOT), rows, uniform, prior_BLV=prior)
+        prior = None
+        if prior_YLV is not None:
+            behind = prior_YLV.new_full((len(prior_YLV), spare, vocab_size), 1 / vocab_size)
+            prior = torch.cat((prior_YLV, behind), dim=1).to(ids.device)[labels]
+        uniform = keyed_uniform(request.seed, ids[:, None], torch.arange(codes.shape[1], device=ids.device), Purpose.ACCEPT, 1)[..., 0]
+        return Tape(request, vocab_size, length, codes, none, none, torch.full_like(codes, ONE_HOT), rows, uniform, prior_BLV=prior)
 
     def __len__(self) -> int:
         return len(self.known_B)
-
-    @property
-    def length(self) -> int:
-        return self.codes_BL.shape[1]
 
     @property
     def ids_B(self) -> Tensor:
@@ -74,8 +76,8 @@ class Tape:
         pick = lambda x: None if x is None else x[rows]  # noqa: E731
         laws = None if self.laws is None else self.laws.select(rows)
         return Tape(
-            self.request.rows(rows), self.vocab_size, self.codes_BL[rows], self.known_B[rows], self.drafted_B[rows], self.source_BL[rows],
-            self.rows_B[rows], self.uniform_BL[rows], laws, pick(self.prior_BLV), self.passes,
+            self.request.rows(rows), self.vocab_size, self.length, self.codes_BL[rows], self.known_B[rows], self.drafted_B[rows],
+            self.source_BL[rows], self.rows_B[rows], self.uniform_BL[rows], laws, pick(self.prior_BLV), self.passes,
         )  # fmt: skip
 
     def draw(
@@ -96,7 +98,7 @@ class Tape:
             rows = torch.arange(len(self), device=own.device)[:, None, None]
             log_q = torch.where(source == PRIOR, self.prior_BLV[rows, positions_Bm.unsqueeze(-1), codes_BmK].log(), log_q)
         if self.laws is not None:
-            log_q = torch.where(source >= 0, self.laws.log_prob(codes_BmK, source.squeeze(-1).clamp_min(0)), log_q)
+            log_q = torch.where(source >= 0, self.laws.log_prob(codes_BmK, self._index(source)), log_q)
         return log_q
 
     def q(self, rows_r: Tensor, positions_rm: Tensor) -> Tensor:
@@ -108,8 +110,11 @@ class Tape:
         if self.prior_BLV is not None:
             q = torch.where(source == PRIOR, self.prior_BLV[row, positions_rm], q)
         if self.laws is not None:
-            q = torch.where(source >= 0, self.laws.at(rows_r, source.squeeze(-1).clamp_min(0)).log_probs().exp(), q)
+            q = torch.where(source >= 0, self.laws.at(rows_r, self._index(source)).log_probs().exp(), q)
         return q
+
+    def _index(self, source: Tensor) -> Tensor:
+        return source.squeeze(-1).clamp(0, self.laws.lse_Bm.shape[1] - 1)
 
     @property
     def state_bytes(self) -> int:
@@ -171,3 +176,55 @@ class Initialiser:
         origin = origin.clamp_min(0)
         codes = torch.where(random, self._random(tape, origin), tape.codes_BL.gather(1, origin))
         return codes, torch.where(random & (origin == positions), UNIFORM, ONE_HOT)
+
+
+class DraftModel:
+    """Drafts of a smaller model with the same codes: ``window`` sequential steps of its own before every pass of the large one.
+
+    ``purpose`` TOKEN: drawn with the noise of the plain sampler; the fixed point of keyed draws needs nothing else. DRAFT: with noise of
+    their own, and the small model's law is recorded.
+    """
+
+    def __init__(self, decoder: Decoder, pipeline: LogitsPipeline, purpose: Purpose = Purpose.DRAFT):
+        self.decoder, self.pipeline, self.purpose, self.state, self.passes = decoder, pipeline, purpose, None, 0
+
+    def begin(self, request: Request) -> None:
+        self.state = self.decoder.start(request)
+
+    def select(self, rows: Tensor) -> None:
+        self.state = self.decoder.select(self.state, rows)
+
+    def fill(self, tape: Tape, stop_B: Tensor) -> None:
+        """Draft positions ``known_B .. stop_B - 1`` anew. A row that has fewer to draft than others follows its known codes first."""
+        num = int((stop_B - tape.known_B).max())
+        if num <= 0:
+            return
+        first_B, stream, laws = stop_B - num, tape.passes + 1, []
+        logits = self._catch_up(tape, first_B)
+        for step in range(num):
+            position = (first_B + step)[:, None]
+            known = tape.codes_BL.gather(1, position)
+            law, drawn, _ = self.pipeline.verify(
+                logits[:, -1:], known, tape.request.seed, tape.ids_B, position, self.purpose, 0 if self.purpose == Purpose.TOKEN else stream
+            )
+            laws.append(law)
+            code = torch.where(position < tape.known_B[:, None], known, drawn)
+            tape.codes_BL = tape.codes_BL.scatter(1, position, code)
+            if step + 1 < num or tape.passes == 0:  # the first pass may accept all: then two codes would be missing here
+                logits = self._step(code)
+        positions = first_B[:, None] + torch.arange(num, device=stop_B.device)
+        tape.source_BL = tape.source_BL.scatter(1, positions, torch.arange(num, device=stop_B.device).expand(positions.shape))
+        tape.laws = Law.stack(laws) if self.purpose != Purpose.TOKEN else None
+        tape.drafted_B = stop_B
+
+    def _step(self, codes: Tensor | None) -> Tensor:
+        self.passes += 1
+        return self.decoder.step(self.state, codes)
+
+    def _catch_up(self, tape: Tape, first_B: Tensor) -> Tensor:
+        """Logits of position ``first_B``. Where all drafts stood, two codes are new to the small model."""
+        if tape.passes == 0:
+            return self._step(None)
+        back = min(2, int(first_B.min()))
+        self.decoder.rewind(self.state, first_B - back)
+        return self._step(tape.codes_BL.gather(1, first_B[:, None] - back + torch.arange(back, device=first_B.device)))

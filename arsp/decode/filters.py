@@ -52,8 +52,15 @@ class LogitsPipeline:
             return _one_hot_log_probs(logits)
         return torch.log_softmax(self.masked_logits(logits), dim=-1)
 
+    def law(self, logits_BmV: Tensor) -> Law:
+        """The laws of m positions a row."""
+        ids = torch.zeros(len(logits_BmV), dtype=torch.int64, device=logits_BmV.device)
+        none = ids.new_full(logits_BmV.shape[:2], -1)
+        return self.verify(logits_BmV, none, 0, ids, none, Purpose.DRAFT)[0]
+
     def verify(
-        self, logits_BmV: Tensor, drafts_Bm: Tensor, seed: int, sample_ids_B: Tensor, positions_Bm: Tensor, purpose: Purpose, stream: int = 0
+        self, logits_BmV: Tensor, drafts_Bm: Tensor, seed: int, sample_ids_B: Tensor, positions_Bm: Tensor, purpose: Purpose,
+        stream: int = 0,
     ) -> tuple[Law, Tensor, Tensor]:  # fmt: skip
         """One look at the logits: the law, a keyed draw from it ``codes_Bm`` (as ``arsp.decode.ar.draw_codes``), and the log-probability
         ``(B, m)`` of ``drafts_Bm``. NumericalError where a law has no possible code or holds a NaN."""

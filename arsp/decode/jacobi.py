@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arsp.decode.accept import ExactRule, leading, resample
-from arsp.decode.drafts import Initialiser, Tape
+from arsp.decode.drafts import Tape
 from arsp.decode.filters import LogitsPipeline
 from arsp.decode.law import Law
 from arsp.protocols import Decoder, Generation, Request
@@ -35,8 +35,9 @@ class Method(Protocol):
     """One way of guessing and checking. ``begin`` is called once a batch, ``advance`` once a pass, ``select`` when rows are finished."""
 
     exactness: str
+    slots: int  # cache slots beside those of the sequence
 
-    def begin(self, request: Request) -> Tape: ...
+    def begin(self, request: Request, length: int, vocab_size: int) -> Tape: ...
 
     def advance(self, decoder: Decoder, state: Any, tape: Tape, window: int) -> Advance: ...
 
@@ -97,8 +98,8 @@ class Redraw:
 
 
 class Chain:
-    """Drafts one behind another. ``rule`` None: the fixed point of keyed draws (:class:`Redraw` is not used), else drafts are tested
-    against the law recorded for them, rejected ones replaced from the residual, and those behind redrawn."""
+    """Drafts one behind another. Without a rule: the fixed point of keyed draws. With one, drafts are tested against the law recorded for
+    them, a rejected one is replaced from the residual, and those behind are redrawn (without ``redraw``: left to the drafter)."""
 
     def __init__(
         self, pipeline: LogitsPipeline, drafter: Any, rule: ExactRule | None = None, redraw: Redraw | None = None,
@@ -106,14 +107,14 @@ class Chain:
     ):  # fmt: skip
         self.pipeline, self.drafter, self.rule, self.redraw, self.prior = pipeline, drafter, rule, redraw, prior_YLV
         exact = [part.exactness for part in (rule, redraw) if part is not None and part.exactness != "exact"]
-        self.exactness = exact[0] if exact else "exact"
+        self.exactness, self.slots = exact[0] if exact else "exact", 0
 
-    def begin(self, request: Request, layout_length: int, vocab_size: int) -> Tape:
+    def begin(self, request: Request, length: int, vocab_size: int) -> Tape:
         if self.redraw is not None:
             self.redraw.before = None
         if hasattr(self.drafter, "begin"):
             self.drafter.begin(request)
-        return Tape.of(request, layout_length, vocab_size, self.prior)
+        return Tape.of(request, length, vocab_size, self.prior)
 
     def select(self, rows: Tensor) -> None:
         for part in (self.redraw, self.drafter):
@@ -137,11 +138,11 @@ class Chain:
             law, drawn, _ = self.pipeline.verify(logits, drafts, tape.request.seed, tape.ids_B, positions, Purpose.TOKEN)
             same, new, recorded = drawn == drafts, drawn, None
         else:
-            stream = self.redraw.stream(tape)
+            stream = self.redraw.stream(tape) if self.redraw is not None else tape.passes + 1
             law, drawn, log_p = self.pipeline.verify(logits, drafts, tape.request.seed, tape.ids_B, positions, Purpose.DRAFT, stream)
             ratio = self.rule.ratio(law, log_p, tape, positions, drafts)
             same = tape.uniform_BL.gather(1, positions) < ratio
-            new, recorded = self.redraw(law, drawn, ratio, tape, positions)
+            new, recorded = (drawn, None) if self.redraw is None else self.redraw(law, drawn, ratio, tape, positions)
         stands = same[:, :m] | (positions[:, :m] < tape.known_B[:, None])
         last_B = leading(stands)
         if self.rule is not None:
@@ -204,6 +205,11 @@ class Statistics:
         self.passes += len(tape)
         self.state_bytes = max(self.state_bytes, tape.state_bytes)
 
+    def count(self, images: int, committed: int) -> None:
+        """One pass in which every image got ``committed`` codes."""
+        self.histogram[committed] = self.histogram.get(committed, 0) + images
+        self.passes += images
+
     def report(self, grid: tuple[int, int]) -> dict[str, Any]:
         """Everything as plain values; acceptance by place in the image, None where no draft was tested."""
         total = sum(self.histogram.values())
@@ -226,33 +232,35 @@ class JacobiGenerator:
     """The loop: a Generator for any decoder that rewinds."""
 
     def __init__(self, decoder: Decoder, method: Any, window: int | Any):
-        """``window``: drafts a pass, or a :class:`arsp.decode.planner.WindowPlanner`."""
-        self.decoder, self.method, self.window = decoder, method, window
+        """``window``: drafts a pass, or what makes a :class:`arsp.decode.planner.WindowPlanner` from the first request."""
+        self.decoder, self.method, self.window, self.planner = decoder, method, window, None
         self.capabilities, self.exactness, self.statistics = decoder.capabilities, method.exactness, Statistics()
 
     @torch.inference_mode()
     def generate(self, request: Request, callback: Callable[[int], None] | None = None) -> Generation:
         """Codes of every row; ``callback(codes committed)`` after every pass."""
-        layout, decoder, method, window = self.decoder.layout, self.decoder, self.method, self.window
-        length = layout.num_tokens
-        tape, state = method.begin(request, length, decoder.vocab_size), decoder.start(request)
-        codes_BL = torch.zeros_like(tape.codes_BL)
+        decoder, method, length = self.decoder, self.method, self.decoder.layout.num_tokens
+        if self.planner is None and not isinstance(self.window, int):
+            self.planner = self.window(request)
+        planner = self.planner
+        tape, state = method.begin(request, length, decoder.vocab_size), decoder.start(request, length - 1 + method.slots)
+        codes_BL = tape.codes_BL.new_zeros(len(tape), length)
         self.statistics.images += len(tape)
         passes = rows_passed = 0
         while len(tape):
             before, num = tape.known_B, len(tape)
-            width = window if isinstance(window, int) else window.choose(num, length - int(before.min()))
+            width = self.window if planner is None else planner.choose(num, length - int(before.min()))
             advance = method.advance(decoder, state, tape, width)
             self.statistics.add(before, tape, advance)
             passes, rows_passed = passes + 1, rows_passed + num
-            if not isinstance(window, int):
-                window.observe(advance.accepted_B, advance.tested_B)
+            if planner is not None:
+                planner.observe(advance.accepted_B, advance.tested_B)
             if callback:
                 callback(int((tape.known_B - before).sum()))
             going = tape.known_B < length
             if not bool(going.all()):
                 done = ~going
-                codes_BL[tape.rows_B[done]] = tape.codes_BL[done]
+                codes_BL[tape.rows_B[done]] = tape.codes_BL[done, :length]
                 rows = going.nonzero().squeeze(1)
                 tape, state = tape.select(rows), decoder.select(state, rows)
                 method.select(rows)

@@ -99,12 +99,11 @@ class TabularDecoder:
         if tokens > state.capacity:
             raise InputError(f"step: more than {state.capacity} tokens fed.", hint="give start() a larger capacity")
 
-    def keep(self, state: TabularState, slots_Bk: Tensor, lengths_B: Tensor) -> None:
-        """The codes at these slots become the last of the ``lengths_B`` known ones of each row."""
-        k = slots_Bk.shape[1]
-        target = lengths_B[:, None] - k + torch.arange(k, device=slots_Bk.device)
+    def keep(self, state: TabularState, slots_Bk: Tensor, start_B: Tensor, count_B: Tensor) -> None:
+        """The codes at the first ``count_B`` of these slots follow the first ``start_B`` codes of each row."""
+        target = start_B[:, None] + torch.arange(slots_Bk.shape[1], device=slots_Bk.device)
         state.codes_BT.scatter_(1, target, state.codes_BT.gather(1, slots_Bk))
-        state.lengths_B = lengths_B.clone()
+        state.lengths_B = start_B + count_B
 
     def rewind(self, state: TabularState, lengths_B: Tensor) -> None:
         """Forget the codes of row b at positions >= ``lengths_B[b]``."""

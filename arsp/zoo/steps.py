@@ -16,7 +16,10 @@ from arsp.runs import sha256_file
 from arsp.zoo.bundle import read_manifest
 from arsp.zoo.load import LoadedModel, ModelSource, load_model, resolve, stored_sha256
 
-ALIKE = ("patch_nums", "vocab_size", "code_dim", "num_classes")  # configuration values that models of one image must share
+ALIKE = {  # configuration values that models of one image must share, by order
+    "next-scale": ("patch_nums", "vocab_size", "code_dim", "num_classes"),
+    "raster": ("block_size", "vocab_size", "num_classes", "model_type"),
+}  # fmt: skip
 
 
 def check_steps(rows: list[ScaleRow], main: ModelSource, random_weights: bool = False) -> list[ModelSource]:
@@ -49,7 +52,7 @@ def beside(source: ModelSource, main: ModelSource) -> ModelSource:
         raise ConfigError(
             f"{source.name} is a {source.family.name} {source.kind}; {main.name} needs {main.family.name} teachers beside it."
         )
-    for key in ALIKE:
+    for key in ALIKE[main.layout.order]:
         if source.config[key] != main.config[key]:
             raise ConfigError(
                 f"{source.name} and {main.name} cannot make one image: {key} {source.config[key]} and {main.config[key]}.",
