@@ -32,11 +32,12 @@ from arsp.zoo.load import cache_root
 CANDIDATES = (0, 1, 2, 4, 8, 16, 32, 64)
 
 MIN_GAIN = 1.02  # windows that promise less than this are not worth it
+HOLD = 4  # passes that a choice is kept for: drafts get better the longer they stay in a window
 TRIAL_ROWS = 16  # rows that a window is tried on before it counts as known
 MEMORY = 64  # passes that an estimate looks back on, about
 PRIOR = 4.0  # rows that the estimate of the next shallower depth counts for
 MAX_TRIAL = 2.0  # a trial takes at most this many times what one code takes
-FIRST_LOSS, LATER_LOSS = 0.04, 0.02  # shares of the time that trials may lose: until a window is known, and later
+NEW_LOSS, AGAIN_LOSS = 0.02, 0.01  # shares of the time that trials may lose: of windows not known yet, and of others
 _MAX_RATIO = 8.0  # passes slower than this (times one code) are not timed but extrapolated
 _NORMAL = NormalDist()
 
@@ -56,13 +57,11 @@ class StepCost:
     seconds: dict[int, dict[int, float]]
     aligned: dict[int, float]
 
-    def of(self, batch: int, num_codes: int) -> float:
-        """Seconds of a pass of ``batch`` rows at different lengths."""
+    def of(self, batch: int, num_codes: int, aligned: bool = False) -> float:
+        """Seconds of a pass of ``batch`` rows; ``aligned``: they stand at the same length, which makes a difference for one code a row."""
+        if aligned and num_codes == 1:
+            return _line(self.aligned, batch)
         return _line({rows: _line(by_width, num_codes) for rows, by_width in self.seconds.items()}, batch)
-
-    def ratio(self, batch: int, window: int) -> float:
-        """Time of a pass over ``window`` drafts in units of the time that plain AR takes for a code of each row."""
-        return self.of(batch, window + 1) / _line(self.aligned, batch)
 
 
 def _line(values: dict[int, float], x: int) -> float:
@@ -227,31 +226,38 @@ class Prospect:
 class WindowPlanner:
     """Chooses windows from :data:`CANDIDATES`; the same observations give the same windows. Keep one for all batches of a run.
 
+    * A choice holds for four passes, or to the end of the batch.
     * The window with the largest predicted speed-up is taken if that exceeds 1.02, else W = 0: plain AR. Once rows stand at different
       lengths, what it is compared with is W = 0 in this state, which is slower than plain AR. Before that, the prediction
       includes that the rows of a batch end at different times.
     * A window wider than those known is tried until 16 rows have been through it: the widest one that takes at most twice the time of one
-      code, could gain if all drafts stood, and, if none does, keeps what trials lost below 4 % of the time of what is done and
-      still to come of the batch (2 % once a window is known).
-    * W = 0 stays until 2 % of the time of what is done would pay for trying the best window again, none of its drafts standing.
+      code, could gain if all drafts stood, and, if none does, keeps what trials lost below 2 % of the time of what is done and
+      still to come of the batch.
+    * W = 0 stays until 1 % of the time of what is done would pay for a trial of the best window, none of its drafts standing.
     * Passes that turn out faster than plain AR pay earlier losses back, and no more than these.
     """
 
     def __init__(self, cost: StepCost):
         self.acceptance = Acceptance()
-        self._of, self._ratio = functools.cache(cost.of), functools.cache(cost.ratio)
-        self._done = self._lost = 0.0  # in times of one code
-        self._aligned, self._remaining = True, 0
+        self._seconds = functools.cache(cost.of)
+        self._done = self._lost = 0.0  # in times of one code of plain AR
+        self._rows, self._aligned, self._remaining = 1, True, 0  # of this batch
+        self._held = (0, 0)  # window, passes to come
         self._scope = (1, 1)  # rows and codes to come of the longest call so far
 
     def choose(self, batch: int, remaining: int) -> int:
         """Drafts of the next pass, at most ``remaining - 1``; ``batch`` active rows, the one furthest behind lacks ``remaining`` codes."""
         if batch < 1 or remaining < 1:
             raise UsageError(f"choose: {batch} rows with {remaining} codes to come, expected 1 or more of both.")
-        self._aligned |= remaining > self._remaining  # a new batch
+        window, passes = self._held
+        if remaining > self._remaining:  # a new batch
+            self._rows, self._aligned, passes = batch, True, 0
         self._remaining = remaining
         self._scope = max(self._scope, (batch, remaining), key=lambda scope: scope[0] * scope[1])
-        return self._decide(batch, remaining, self._aligned)[0]
+        if not passes:
+            window, passes = self._decide(batch, remaining, self._aligned)[0], HOLD
+        self._held = (window, passes - 1)
+        return min(window, remaining - 1)
 
     def observe(self, accepted_B: Tensor, window_B: Tensor) -> None:
         """After every pass, W = 0 included: how many drafts of each row stood, of how many it looked at."""
@@ -261,9 +267,10 @@ class WindowPlanner:
             raise UsageError(
                 f"observe: accepted {accepted} of {windows} drafts, expected as many numbers, 0 <= accepted <= {CANDIDATES[-1]}."
             )
-        committed = 1 + sum(accepted) / len(accepted)
+        committed = (len(accepted) + sum(accepted)) / self._rows
+        took = self._seconds(len(accepted), max(windows) + 1, self._aligned) / self._seconds(self._rows, 1, True)
         self._done += committed
-        self._lost = max(0.0, self._lost + self._time(len(accepted), max(windows), self._aligned) - committed)
+        self._lost = max(0.0, self._lost + took - committed)
         self._aligned &= len(set(accepted)) == 1
         self.acceptance.observe(accepted, windows)
 
@@ -281,25 +288,25 @@ class WindowPlanner:
             return 0, "plain AR: one code is left."
         known = max((own for own, rows in enumerate(self.acceptance.rows) if rows >= TRIAL_ROWS), default=0)
         wider = [x for x in others if _own(x.window) > known]
-        if trial := self._trial(wider, plain, batch, remaining, (LATER_LOSS if known else FIRST_LOSS) * (self._done + remaining)):
+        if trial := self._affordable(wider, plain, batch, remaining, NEW_LOSS * (self._done + remaining)):
             return trial.window, f"window {trial.window}: being tried at {trial.time_ratio:.2f}x the time of one token."
         if not any(self.acceptance.rows):
             most = max(others, key=lambda x: (x.window + 1) / x.time_ratio)
             bound = (most.window + 1) / most.time_ratio
             if bound < MIN_GAIN:
                 return 0, f"plain AR: no window gains; with every draft accepted W={most.window} would reach {bound:.2f}x."
-            return 0, f"plain AR: trying a window could lose more than {FIRST_LOSS:.0%} of the time of a batch."
+            return 0, f"plain AR: trying a window could lose more than {NEW_LOSS:.0%} of the time of a batch."
         best = max(others, key=lambda x: x.speedup)
         if best.speedup >= MIN_GAIN * plain.speedup:
             cost = f"{best.tokens_per_pass:.1f} tokens a pass predicted at {best.time_ratio:.1f}x the time of one token"
             return best.window, f"window {best.window}: {cost}."
-        if self._trial([best], plain, batch, remaining, LATER_LOSS * self._done):
+        if self._affordable([best], plain, batch, remaining, AGAIN_LOSS * self._done):
             return best.window, f"window {best.window}: being tried again, {best.speedup:.2f}x predicted."
         return 0, f"plain AR: no window gains; best W={best.window} predicts {best.speedup:.2f}x."
 
     def _time(self, batch: int, window: int, aligned: bool) -> float:
-        """In units of what plain AR takes for a code."""
-        return 1.0 if aligned and window == 0 else self._ratio(batch, window)
+        """Of a pass, in units of what plain AR takes for a code of each of these rows."""
+        return self._seconds(batch, window + 1, aligned) / self._seconds(batch, 1, True)
 
     def _prospects(self, batch: int, remaining: int, aligned: bool) -> list[Prospect]:
         """Of the candidates that fit, W = 0 first."""
@@ -323,17 +330,18 @@ class WindowPlanner:
         rows is Blom's normal quantile above the mean, and a pass of few rows saves only what T(1, n) leaves of T(B, n).
         """
         slowest = _NORMAL.inv_cdf((batch - 0.375) / (batch + 0.25))
-        return self._of(1, window + 1) / self._of(batch, window + 1) * slowest * math.sqrt(spread)
+        return self._seconds(1, window + 1) / self._seconds(batch, window + 1) * slowest * math.sqrt(spread)
 
-    def _trial(self, prospects: list[Prospect], plain: Prospect, batch: int, remaining: int, allowed: float) -> Prospect | None:
+    def _affordable(self, prospects: list[Prospect], plain: Prospect, batch: int, remaining: int, allowed: float) -> Prospect | None:
         """The widest window that may be tried; None: none.
 
         At worst a trial adds its time less that of W = 0, and leaves rows at different lengths, where each later code is slower.
         """
+        passes = min(HOLD, remaining - 1)
         uneven = max(0.0, self._time(batch, 0, False) - plain.time_ratio) * (remaining - 1)
         fits = lambda x: (  # noqa: E731
             x.time_ratio <= MAX_TRIAL * plain.time_ratio
             and (x.window + 1) / x.time_ratio >= MIN_GAIN
-            and self._lost + x.time_ratio - plain.time_ratio + uneven <= allowed
+            and self._lost + passes * (x.time_ratio - plain.time_ratio) + uneven <= allowed
         )
         return max(filter(fits, prospects), key=lambda x: x.window, default=None)
