@@ -89,6 +89,29 @@ def test_draws_are_those_of_the_reference(use, isa, spread):
 
 
 @EVERY_ISA
+def test_the_largest_noise_there_is_can_win(use, isa):
+    use(isa)
+    position, code = torch.tensor([954096]), 66  # found by search: the uniform is the largest one, its noise 16.64
+    assert keyed_uniform(0, torch.tensor([5]), position, Purpose.TOKEN, 67)[0, code] == 1 - 2.0**-24
+    log_w = torch.full((1, 300), -torch.inf)
+    log_w[0, 0] = 0.0
+    first = -math.log(-math.log(keyed_uniform(0, torch.tensor([5]), position, Purpose.TOKEN, 1).item()))
+    for margin, winner in ((1e-3, code), (-1e-3, 0)):
+        log_w[0, code] = first - 16.635532 + margin
+        assert ops.keyed_argmax(log_w, 0, torch.tensor([5]), position, 0).item() == winner
+        assert ops.verify(log_w, torch.tensor([0]), 1.0, 0, 1.0, 0, torch.tensor([5]), position, 0)[0].item() == winner
+
+
+@EVERY_ISA
+def test_equal_scores_give_the_smallest_id(use, isa):
+    use(isa)
+    log_w = torch.full((8, 200), -torch.inf)
+    for row, first in enumerate((0, 1, 15, 16, 63, 64, 100, 199)):
+        log_w[row, first:] = 1e9  # one float in 64: the noise is lost
+    assert ops.keyed_argmax(log_w, *key(8)).tolist() == [0, 1, 15, 16, 63, 64, 100, 199]
+
+
+@EVERY_ISA
 def test_draws_follow_the_law(use, isa):
     """20 000 draws of 40 codes: total variation 0.03 is above what 20 000 exact draws reach with a chance of 1e-4; the seed is fixed."""
     use(isa)
