@@ -18,6 +18,7 @@ COMMANDS = {
     "distill": "arsp.cli.distill:distill",
     "sparsify": "arsp.cli.sparsify:sparsify",
     "sample": "arsp.cli.sample:sample",
+    "speculate": "arsp.cli.speculate:speculate",
     "evaluate": "arsp.cli.evaluate:evaluate",
     "bench": "arsp.cli.bench:bench",
     "bench cost": "arsp.cli.bench_cost:cost",

@@ -115,7 +115,7 @@ def build_report(records: Sequence[Record], title: str = DEFAULT_TITLE, warn: Ca
 
 
 def render_png(report: Report) -> bytes:
-    """The picture of a report: grids, metric bars, quality over cost."""
+    """The picture of a report: grids, metric bars, quality over cost, passes of speculative decoding."""
     with plots.theme():
         figure = plots.overview(report.stacks, {label: grid.pixels for label, grid in report.grids.items()}, report.title)
         return plots.to_png(figure)
@@ -127,6 +127,7 @@ def render_html(report: Report) -> str:
         _samples(report),
         _metrics(report),
         _plot("Quality over cost", "quality-cost", plots.quality_latency, report),
+        _plot("Speculative decoding", "decoding", plots.decoding, report, _DECODING_TEXT),
         _plot("Accuracy by position", "positions", plots.position_maps, report, _POSITION_TEXT),
         _plot("Training curves", "curves", plots.training_curves, report, _curve_text(report)),
         _runs(report),
@@ -158,6 +159,12 @@ def render_html(report: Report) -> str:
 
 
 _POSITION_TEXT = "Share of tokens that equal the target, for each position of the token grid (the first token is at the top left)."
+
+
+_DECODING_TEXT = (
+    "How many tokens a pass of an image commits (a pass with a single token gained nothing), and at each position of the token grid how "
+    "many of the drafts that were tested there stood."
+)
 
 
 def _curve_text(report: Report) -> str:
@@ -275,7 +282,8 @@ def _plot(title: str, anchor: str, draw: Callable[[Sequence[Stack]], Figure | No
 
 
 def _runs(report: Report) -> str:
-    blocks = "\n".join(_run_details(stack, record) for stack in report.stacks for record in stack.records)
+    listed = [(stack, record) for stack in report.stacks for record in stack.records if "part_of" not in record]
+    blocks = "\n".join(_run_details(stack, record) for stack, record in listed)
     return f'<section id="runs">\n<h2>Runs</h2>\n{blocks}\n</section>'
 
 

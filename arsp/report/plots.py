@@ -17,10 +17,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
-from arsp.report.tables import METRICS, POSITION_METRIC, Column, Stack, format_value, metric_columns, number
+from arsp.report.tables import METRICS, MISSING, POSITION_METRIC, Column, Stack, format_value, metric_columns, number, speedup_text
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B0A000", "#7F7F7F")
 MARKERS = "osD^vPX*"
@@ -301,16 +302,22 @@ def position_maps(stacks: Sequence[Stack]) -> Figure | None:
     for panel in axes.flat[len(maps) :]:
         panel.set_axis_off()
     for panel, (stack, grid) in zip(axes.flat, maps, strict=False):
-        image = panel.imshow(grid, vmin=0, vmax=1, cmap="cividis")
+        image = _draw_map(panel, grid)
         panel.set_title(f"{_shortened(stack.label)}\nmean {np.nanmean(grid):.3f}", fontsize=FONT_SIZE)
-        panel.set_xticks([])
-        panel.set_yticks([])
-        for spine in panel.spines.values():
-            spine.set_visible(False)
-        if max(grid.shape) <= 8:
-            _write_cells(panel, grid)
     figure.colorbar(image, ax=axes, shrink=0.85, label="accuracy")
     return figure
+
+
+def _draw_map(panel: Axes, grid: np.ndarray) -> AxesImage:
+    """Shares over the token grid, written into the cells of a small one."""
+    image = panel.imshow(grid, vmin=0, vmax=1, cmap="cividis")
+    panel.set_xticks([])
+    panel.set_yticks([])
+    for spine in panel.spines.values():
+        spine.set_visible(False)
+    if max(grid.shape) <= 8:
+        _write_cells(panel, grid)
+    return image
 
 
 def _write_cells(panel: Axes, grid: np.ndarray) -> None:
@@ -324,6 +331,59 @@ def _shortened(label: str, width: int = 26) -> str:
     """Both ends of a long name: what tells stacks apart is often at its end."""
     half = (width - 1) // 2
     return label if len(label) <= width else f"{label[:half]}…{label[-half:]}"
+
+
+# ---------------------------------------------------------------- tokens a pass and accepted drafts
+
+DECODING_HEIGHT = 2.6  # inches of a stack
+
+
+def decoding(stacks: Sequence[Stack]) -> Figure | None:
+    """Modes of the verify family, one a row: how many tokens a pass committed, and where in the image drafts stood."""
+    shown = [stack for stack in stacks if stack.decoding is not None]
+    if not shown:
+        return None
+    figure = new_figure(7.6, DECODING_HEIGHT * len(shown))
+    draw_decoding(figure, shown, looks(stacks))
+    return figure
+
+
+def draw_decoding(view: FigureBase, shown: Sequence[Stack], style: dict[str, tuple[str, str]]) -> None:
+    """A row for each of the stacks, whose ``decoding`` is known."""
+    panels = view.subplots(len(shown), 2, squeeze=False, gridspec_kw={"width_ratios": (2.2, 1)})
+    for (left, right), stack in zip(panels, shown, strict=True):
+        _draw_committed(left, stack, style[stack.label][0])
+        grid = acceptance_map(stack)
+        if grid is None:
+            right.set_axis_off()
+            continue
+        view.colorbar(_draw_map(right, grid), ax=right, shrink=0.9)
+        mean = number(stack.decoding.get("acceptance"))
+        right.set_title("accepted drafts" + ("" if mean is None else f", {mean:.3f} in all"), fontsize=FONT_SIZE, loc="left")
+
+
+def _draw_committed(axes: Axes, stack: Stack, color: str) -> None:
+    report = stack.decoding
+    pairs = [(int(tokens), number(count)) for tokens, count in report["committed"].items() if str(tokens).isdigit()]
+    tokens, counts = zip(*(pair for pair in pairs if pair[1]), strict=True) if any(count for _, count in pairs) else ((1,), (0.0,))
+    axes.bar(tokens, [100 * count / max(sum(counts), 1) for count in counts], color=color, width=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("tokens committed by a pass")
+    axes.set_ylabel("% of passes")
+    mean = number(report.get("tokens_per_pass"))
+    facts = [stack.exactness, None if mean is None else f"{mean:.2f} tokens a pass"]
+    facts += [f"speed-up {text}" for text in [speedup_text(stack)] if text != MISSING]
+    axes.set_title(f"{_shortened(stack.label, 48)}\n{', '.join(fact for fact in facts if fact)}", loc="left", fontsize=FONT_SIZE)
+
+
+def acceptance_map(stack: Stack) -> np.ndarray | None:
+    """Share of accepted drafts over the latent grid, (h, w) float with NaN where none was tested; None where none was anywhere."""
+    rows = (stack.decoding or {}).get("acceptance_map")
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
+        return None
+    known = [[number(value) for value in row] for row in rows]
+    values = np.array([[np.nan if value is None else value for value in row] for row in known])
+    return values if values.ndim == 2 and np.isfinite(values).any() else None
 
 
 # ---------------------------------------------------------------- training curves
@@ -398,7 +458,7 @@ def final_level(stack: Stack, name: str) -> float | None:
 
 
 def overview(stacks: Sequence[Stack], grids: dict[str, np.ndarray], title: str) -> Figure:
-    """Grids side by side, then metric bars, then quality over cost. ``grids``: label -> uint8 (H, W, 3)."""
+    """Grids side by side, then metric bars, quality over cost, and passes of speculative decoding. ``grids``: label -> uint8 (H, W, 3)."""
     bars = bar_columns(stacks)
     column = quality_column(stacks)
     has_plot = column is not None and bool(cost_axis(stacks, column)[1])
@@ -415,6 +475,9 @@ def overview(stacks: Sequence[Stack], grids: dict[str, np.ndarray], title: str) 
         parts.append(("bars", 0.8 + 0.34 * len(stacks)))
     if has_plot:
         parts.append(("plot", 4.4))
+    speculative = [stack for stack in stacks if stack.decoding is not None]
+    if speculative:
+        parts.append(("decoding", DECODING_HEIGHT * len(speculative)))
     figure = new_figure(width, sum(height for _, height in parts) + 0.6 if parts else 1.2)
     figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
     if not parts:
@@ -426,6 +489,8 @@ def overview(stacks: Sequence[Stack], grids: dict[str, np.ndarray], title: str) 
         elif part == "bars":
             for index, (panel, metric) in enumerate(zip(view.subplots(1, len(bars), squeeze=False).flat, bars, strict=True)):
                 draw_bars(panel, stacks, metric, show_names=index == 0)
+        elif part == "decoding":
+            draw_decoding(view, speculative, looks(stacks))
         else:
             draw_quality_latency(view.subplots(), stacks)
     return figure

@@ -32,6 +32,11 @@ METRICS: dict[str, tuple[str, bool, int]] = {
     "render_error": ("Render error", False, 4),
 }
 POSITION_METRIC = "accuracy_by_position"
+DECODING_TITLES = {  # of modes of the verify family; neither quality nor cost
+    "acceptance": "Accepted drafts", "single_token_share": "Passes with a single token", "identical": "Images as by plain sampling",
+}  # fmt: skip
+_IN_COST_COLUMNS = ("passes", "tokens_per_pass", "latency_ms", "ar_latency_ms", "speedup")  # metrics of a paired record
+PLAIN = "plain-"  # begins the kinds of a paired record's artifacts that belong to plain sampling
 NOT_COMPARABLE = "†"
 SIMULATED = "‡"
 MISSING = "–"
@@ -49,6 +54,11 @@ _COMPARABLE_NOTE = (
 _SIMULATED_NOTE = "the arithmetic of the method is imitated, so time and memory are not those of a real implementation."
 _COLUMN_NOTE = "n is the number of images behind a value. Values with different n, protocol or reference stand in columns of their own."
 _INTERVAL_NOTE = "Small print under a value of the page (low and high in the CSV) is its 95 % interval over resampled images."
+_PAIRED_NOTE = (
+    "A speed-up with an interval was measured against plain sampling of the same images in turn: median over batches, 95 % interval over "
+    "resampled batches."
+)
+_EXACTNESS_NOTE = "Exact: images follow the law of plain sampling. Bounded and lossy: they follow another one."
 _MEMORY_KEYS = ("weight_bytes", "kv_bytes", "peak_mem_bytes")
 _MACHINE_KEYS = ("machine", "hostname", "host", "cpu", "gpu", "device", "threads", "dtype")
 
@@ -64,7 +74,7 @@ class Column:
 
     @property
     def title(self) -> str:
-        return METRICS[self.name][0] if self.name in METRICS else self.name
+        return METRICS[self.name][0] if self.name in METRICS else DECODING_TITLES.get(self.name, self.name)
 
     @property
     def higher_is_better(self) -> bool | None:
@@ -105,6 +115,25 @@ class Stack:
     @property
     def simulated(self) -> bool:
         return bool(self.cost.get("simulated"))
+
+    @property
+    def exactness(self) -> str | None:
+        """What a mode of the verify family promises: exact, bounded(...) or lossy."""
+        described = [(record.get("stack") or {}).get("verify") for record in self.records]
+        return next((str(verify["exactness"]) for verify in described if isinstance(verify, dict) and verify.get("exactness")), None)
+
+    @property
+    def decoding(self) -> Record | None:
+        """Of such a mode: how many tokens its passes committed, where drafts stood."""
+        report = self.cost.get("verify")
+        return report if isinstance(report, dict) and isinstance(report.get("committed"), dict) else None
+
+    @property
+    def paired_speedup(self) -> Record | None:
+        """The metric of a run that took turns with plain sampling, where the latency was taken from that run."""
+        if (self.timing or {}).get("command") != "speculate":
+            return None
+        return next((metric for metric in self.timing.get("metrics") or [] if metric["name"] == "speedup"), None)
 
     @property
     def ms_per_image(self) -> float | None:
@@ -161,7 +190,7 @@ def check_record(record: Any, source: str) -> Record:
     hint = "A record is the run.json of a run directory, or what a command prints with --json."
     if not isinstance(record, dict):
         raise InputError(f"{source}: a record is a JSON object, found {type(record).__name__}.", hint)
-    wanted = dict.fromkeys(("stack", "cost", "environment", "config", "curves"), dict) | dict.fromkeys(
+    wanted = dict.fromkeys(("stack", "cost", "environment", "config", "curves", "plain"), dict) | dict.fromkeys(
         ("metrics", "artifacts", "parents"), list
     )
     for key, kind in wanted.items():
@@ -174,6 +203,8 @@ def check_record(record: Any, source: str) -> Record:
     latency = (record.get("cost") or {}).get("latency_ms")
     if latency is not None and not isinstance(latency, dict):
         raise InputError(f"{source}: 'cost.latency_ms' is {type(latency).__name__}, expected an object with p50 and p95.", hint)
+    if record.get("plain"):
+        check_record(record["plain"], f"{source}, 'plain'")
     for name, points in (record.get("curves") or {}).items():
         if not isinstance(points, list) or not all(isinstance(point, dict) and {"x", "y"} <= point.keys() for point in points):
             raise InputError(f"{source}: curve '{name}' is no list of {{x, y}} points.", hint)
@@ -196,6 +227,8 @@ def stack_role(record: Record) -> str:
     stack = record.get("stack") or {}
     if stack.get("role") in ROLES:
         return stack["role"]
+    if stack.get("verify"):
+        return "accelerated"
     words = set(re.split(r"[^a-z0-9]+", f"{stack_name(record)} {stack.get('sampler') or ''}".lower()))
     role = next((role for role, known in _ROLE_WORDS if words & known), "teacher")
     return "student" if role == "teacher" and stack.get("kind") == "student" else role
@@ -208,7 +241,7 @@ def collect(records: Iterable[Record]) -> list[Stack]:
     run that measured something else for the same name gets its own row with a telling label.
     """
     stacks: list[Stack] = []
-    for record in records:
+    for record in (part for whole in records for part in split_pair(whole)):
         home = next((stack for stack in stacks if _belongs(stack, record)), None)
         if home is None:
             name = stack_name(record)
@@ -217,6 +250,22 @@ def collect(records: Iterable[Record]) -> list[Stack]:
         _absorb(home, record)
     _make_labels_unique(stacks)
     return sorted(stacks, key=lambda stack: (ROLES.index(stack.role), -(stack.passes if stack.passes is not None else -1)))
+
+
+def split_pair(record: Record) -> list[Record]:
+    """A record that was measured beside plain sampling as two, plain sampling first; any other one as it is."""
+    plain = record.get("plain")
+    if not isinstance(plain, dict):
+        return [record]
+    shared = {key: record.get(key) for key in ("schema", "command", "environment", "config", "run_dir")}
+    artifacts = [a | {"kind": a["kind"].removeprefix(PLAIN)} for a in record.get("artifacts") or [] if _is_plain(a)]
+    rest = [artifact for artifact in record.get("artifacts") or [] if not _is_plain(artifact)]
+    part = {**shared, "part_of": record.get("id"), "stack": plain.get("stack"), "cost": plain.get("cost"), "artifacts": artifacts}
+    return [part, record | {"artifacts": rest}]
+
+
+def _is_plain(artifact: Record) -> bool:
+    return str(artifact.get("kind")).startswith(PLAIN)
 
 
 def _belongs(stack: Stack, record: Record) -> bool:
@@ -253,7 +302,8 @@ def _timing_rank(record: Record) -> int:
 
 
 def _table_metrics(record: Record) -> list[tuple[Column, Record]]:
-    metrics = [metric for metric in record.get("metrics") or [] if metric["name"] != POSITION_METRIC]
+    elsewhere = (POSITION_METRIC, *(_IN_COST_COLUMNS if record.get("command") == "speculate" else ()))
+    metrics = [metric for metric in record.get("metrics") or [] if metric["name"] not in elsewhere]
     return [(_column_of(metric), {"value": None} | metric) for metric in metrics]
 
 
@@ -324,7 +374,10 @@ def metric_columns(stacks: Sequence[Stack]) -> list[Column]:
 
 
 def speedup(stack: Stack, baseline: Stack | None) -> float | None:
-    """Baseline time over this stack's time; None unless both were timed by the same command, machine and (known) batch size."""
+    """Baseline time over this stack's time; None unless both were timed by the same command, machine and (known) batch size. Where the
+    stack took turns with plain sampling, the ratio measured then."""
+    if stack.paired_speedup is not None:
+        return number(stack.paired_speedup.get("value"))
     if baseline is None or stack is baseline or not stack.ms_per_image or not baseline.ms_per_image:
         return None
     here, there = stack.timing or {}, baseline.timing or {}
@@ -390,10 +443,11 @@ def _cost_columns(stacks: Sequence[Stack], baseline: Stack | None) -> tuple[dict
         return {title: cells for title, cells in columns.items() if any(cell.value is not None for cell in cells)}
 
     speed = {
+        "Exactness": [Cell(stack.exactness or MISSING, stack.exactness) for stack in stacks],
         "Passes": [_plain(stack.passes) for stack in stacks],
         "Tokens/pass": [_plain(number(stack.cost.get("tokens_per_pass")) if stack.role == "accelerated" else None) for stack in stacks],
         "ms/image": [_plain(stack.ms_per_image, mark) for stack, mark in zip(stacks, marks, strict=True)],
-        "Speed-up": [_times(speedup(stack, baseline), mark) for stack, mark in zip(stacks, marks, strict=True)],
+        "Speed-up": [_speedup_cell(stack, baseline, mark) for stack, mark in zip(stacks, marks, strict=True)],
     }
     memory = {
         title: [_bytes(number(stack.cost.get(key)), mark) for stack, mark in zip(stacks, marks, strict=True)]
@@ -415,6 +469,10 @@ def _footnotes(stacks: Sequence[Stack], columns: Sequence[Column]) -> list[tuple
         notes.append(("", _COLUMN_NOTE))
     if any(_interval(metric)[0] is not None for stack in stacks for metric in stack.metrics.values()):
         notes.append(("", _INTERVAL_NOTE))
+    if any(stack.exactness for stack in stacks):
+        notes.append(("", _EXACTNESS_NOTE))
+    if any(stack.paired_speedup for stack in stacks):
+        notes.append(("", _PAIRED_NOTE))
     hashes: dict[str, list[str]] = {}
     for column in columns:
         if column.reference_sha256 and column.title not in hashes.setdefault(column.reference_sha256, []):
@@ -464,6 +522,20 @@ def _times(value: float | None, marks: str) -> Cell:
     return Cell(MISSING) if value is None else Cell(f"{value:.1f}x" if value < 100 else f"{value:.0f}x", value, marks=marks)
 
 
+def _speedup_cell(stack: Stack, baseline: Stack | None, marks: str) -> Cell:
+    """With its interval where it has one: speed-ups of decoding are small, and so are the differences between them."""
+    cell = _times(speedup(stack, baseline), marks)
+    return cell if stack.paired_speedup is None else Cell(speedup_text(stack), cell.value, marks=marks)
+
+
+def speedup_text(stack: Stack) -> str:
+    """``1.52x [1.40, 1.61]`` of a stack that took turns with plain sampling; without the interval where too few batches were timed."""
+    metric = stack.paired_speedup or {}
+    value, (low, high) = number(metric.get("value")), _interval(metric)
+    interval = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+    return MISSING if value is None else f"{value:.2f}x{interval}"
+
+
 def _bytes(value: float | None, marks: str) -> Cell:
     if value is None:
         return Cell(MISSING)
@@ -477,7 +549,8 @@ def _bytes(value: float | None, marks: str) -> Cell:
 
 def to_csv(table: MetricTable) -> str:
     """Full-precision values; after each metric its 95 % interval and whether it is comparable with published numbers."""
-    header = ["stack", "role", "simulated", "passes", "tokens_per_pass", "ms_per_image", "speedup", *_MEMORY_KEYS]
+    header = ["stack", "role", "simulated", "exactness", "passes", "tokens_per_pass", "ms_per_image"]
+    header += ["speedup", "speedup low", "speedup high", *_MEMORY_KEYS]
     for column in table.columns:
         reference = [f"reference {column.reference_sha256[:16]}"] if column.reference_sha256 else []
         details = [f"n = {column.n}" if column.n is not None else "", column.protocol or "", *reference]
@@ -488,8 +561,9 @@ def to_csv(table: MetricTable) -> str:
     writer.writerow(header)
     for stack in table.stacks:
         costs = [stack.passes, number(stack.cost.get("tokens_per_pass")), stack.ms_per_image, speedup(stack, table.baseline)]
-        costs += [number(stack.cost.get(key)) for key in _MEMORY_KEYS]
-        row: list[Any] = [_spreadsheet_safe(stack.label), stack.role, str(stack.simulated).lower(), *map(_csv_number, costs)]
+        costs += [*_interval(stack.paired_speedup or {}), *(number(stack.cost.get(key)) for key in _MEMORY_KEYS)]
+        row: list[Any] = [_spreadsheet_safe(stack.label), stack.role, str(stack.simulated).lower(), stack.exactness or ""]
+        row += map(_csv_number, costs)
         for column in table.columns:
             metric = stack.metrics.get(column)
             comparable = "" if metric is None else str(metric.get("comparable") is not False).lower()
