@@ -300,19 +300,19 @@ def check_mode(config: StackConfig, source: ModelSource) -> VerifyConfig:
     """The settled options of a mode. ConfigError when model, options or draft model do not fit it; no weight is read."""
     if not source.capabilities.rewind:
         raise ConfigError(
-            f"--sampler {config.sampler}: {source.name} is a {source.layout.order} {source.kind} and cannot take codes back.",
+            f"mode {config.sampler}: {source.name} is a {source.layout.order} {source.kind} and cannot take codes back.",
             "Use a raster teacher: --model llamagen.",
         )
     options = settle(config.sampler, config.verify, source.layout)
     if config.rng != "keyed":
-        raise ConfigError(f"--rng {config.rng} has no effect on {config.sampler}, which draws with the keyed stream.")
+        raise ConfigError(f"--rng {config.rng} has no effect in mode {config.sampler}, which draws with the keyed stream.")
     if config.baseline:
-        raise ConfigError(f"--baseline and --sampler {config.sampler} both say how codes are made.", "Drop one of the two.")
+        raise ConfigError(f"--baseline and mode {config.sampler} both say how codes are made.", "Drop one of the two.")
     if options.draft_model:
         beside(resolve(options.draft_model), source)
     if config.sampler.startswith("lantern") and source.tokenizer_identity is None:
         raise InputError(
-            f"--sampler {config.sampler}: {source.name} has no tokenizer, and near codes need its codebook.", "Give --tokenizer FILE."
+            f"mode {config.sampler}: {source.name} has no tokenizer, and near codes need its codebook.", "Give --tokenizer FILE."
         )
     return options
 

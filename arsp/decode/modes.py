@@ -32,8 +32,8 @@ class VerifyConfig(StrictModel):
     width: int | None = Field(None, ge=2, le=16, description="siblings in the tree (pac) or independent drafts (kseq)")
     levels: int | None = Field(None, ge=2, le=8, description="levels of the tree (pac)")
     branches: str | None = Field(None, pattern=r"^\d+(,\d+)*$", description="drafts by depth, e.g. 3,2,1 (rsd; lantern with a draft model)")
-    gain: float | None = Field(None, gt=0, description="exponent of rising probabilities (vp)")
-    tau: float | None = Field(None, gt=0, description="a draft whose ratio is above it is kept (reuse)")
+    gain: float | None = Field(None, gt=0, le=100, description="exponent of rising probabilities (vp)")
+    tau: float | None = Field(None, gt=0, allow_inf_nan=False, description="a draft whose ratio is above it is kept (reuse)")
     delta: float | None = Field(
         None, description="mass that a draft may borrow (lantern); above 1: lambda, it may grow to so many times its own (lantern++)"
     )
