@@ -95,7 +95,8 @@ def measure_pair(
             seconds[name].append(elapsed / len(ids))
             codes[name].append(made[name].codes_BL.cpu())
             each.batch_seconds.append((len(ids), elapsed))
-            each.stats = made[name].stats | {"kv_bytes": max(made[name].stats.get("kv_bytes", 0), each.stats.get("kv_bytes", 0)) or None}
+            kv_bytes = [stats["kv_bytes"] for stats in (each.stats, made[name].stats) if "kv_bytes" in stats]
+            each.stats = made[name].stats | ({"kv_bytes": max(kv_bytes)} if kv_bytes else {})
         progress(len(ids))
         check_stop()
     batches = len(seconds["plain"])
