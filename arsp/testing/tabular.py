@@ -34,10 +34,11 @@ class TabularState:
 class TabularDecoder:
     """Raster decoder over L tokens of V codes from tables ``(V^i, V)``; rows may stand at different lengths and rewind.
 
-    ``codebook_VE``: optional vectors of the codes, for flow maps and students. Conditions of the request are ignored.
+    ``codebook_VE``: optional vectors of the codes, for flow maps and students. ``grid``: rows and columns (default: one row).
+    Conditions of the request are ignored.
     """
 
-    def __init__(self, tables: Sequence[Tensor], codebook_VE: Tensor | None = None):
+    def __init__(self, tables: Sequence[Tensor], codebook_VE: Tensor | None = None, grid: tuple[int, int] | None = None):
         self.vocab_size = int(tables[0].shape[-1])
         for i, table in enumerate(tables):
             if tuple(table.shape) != (self.vocab_size**i, self.vocab_size):
@@ -46,7 +47,9 @@ class TabularDecoder:
             raise InputError(f"{self.vocab_size}^{len(tables)} sequences are too many to enumerate (limit {_MAX_JOINT}).")
         self.tables = [table.double() for table in tables]
         self.codebook_VE = codebook_VE
-        self.layout = Layout.raster(1, len(tables))
+        self.layout = Layout.raster(*(grid or (1, len(tables))))
+        if self.layout.num_tokens != len(tables):
+            raise InputError(f"{len(tables)} tables do not fill a grid of {self.layout.grid}.")
         self.capabilities = Capabilities(order="raster", rewind=True, codebook=codebook_VE is not None)
         self._logits = [table.log().float() for table in self.tables]
 
@@ -59,12 +62,16 @@ class TabularDecoder:
         return joint
 
     @property
+    def marginals(self) -> list[Tensor]:
+        """The law ``(V,)`` of each position by itself, float64."""
+        cube = self.joint.view((self.vocab_size,) * len(self.tables))
+        return [cube.sum(dim=[k for k in range(cube.ndim) if k != i]) for i in range(cube.ndim)]
+
+    @property
     def product_of_marginals(self) -> Tensor:
         """Joint law of independent draws from each position's marginal: what one step without noise can reach at best."""
-        cube = self.joint.view((self.vocab_size,) * len(self.tables))
         product = torch.ones(1, dtype=torch.float64)
-        for i in range(cube.ndim):
-            marginal = cube.sum(dim=[k for k in range(cube.ndim) if k != i])
+        for marginal in self.marginals:
             product = (product[:, None] * marginal).flatten()
         return product
 
@@ -163,4 +170,4 @@ def toy_teacher() -> TabularDecoder:
     Joint entropy 2.06 nats; independent draws from the marginals have total variation 0.51 to the joint.
     """
     codebook_VE = 0.7 * torch.randn(8, 4, generator=torch.Generator().manual_seed(2412))
-    return TabularDecoder(network_tables(8, 4, seed=148, scale=6.0), codebook_VE)
+    return TabularDecoder(network_tables(8, 4, seed=148, scale=6.0), codebook_VE, grid=(2, 2))

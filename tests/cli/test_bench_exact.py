@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from arsp.cli.bench_exact import exact
 from arsp.decode.ar import ARGenerator
 from arsp.decode.filters import LogitsPipeline
+from arsp.decode.modes import MODES
 from arsp.registry import Registry
 
 
@@ -45,6 +46,32 @@ def test_an_approximate_sampler_is_reported_not_judged(run):
     assert result.exit_code == 0 and "approximate" in result.stdout, result.output
 
 
+def test_a_mode_takes_its_window_and_first_guesses(run):
+    args = ("--sampler", "sjd", "--sampler", "mc", "--num", "5000", "--seeds", "1", "--top-k", "3", "--quiet", "--json")
+    result = run(*args, "--window", "2", "--init", "repeat_left")
+    record = json.loads(result.stdout)
+    assert result.exit_code == 0 and [m["sampler"] for m in record["metrics"][::2]] == ["sjd", "mc"], result.output
+    assert record["config"]["window"] == 2 and record["config"]["init"] == "repeat_left"
+    plain = json.loads(run(*args).stdout)
+    assert [m["value"] for m in plain["metrics"]] != [m["value"] for m in record["metrics"]], "window and guesses have no effect"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_runs_and_a_relaxed_one_is_reported_not_judged(run, mode):
+    """2000 sequences: an exact mode fails with probability 1e-4, the seed is fixed; LANTERN and ZipAR are far from the law."""
+    result = run("--sampler", mode, "--num", "2000", "--seeds", "1", "--quiet", "--json")
+    (metric,) = (m for m in json.loads(result.stdout)["metrics"] if m["name"] == "exact_p")
+    assert result.exit_code == 0, result.output
+    assert metric["exactness"].split("(")[0] == MODES[mode].exactness.split("(")[0]
+    if mode in ("lantern", "zipar"):
+        assert not metric["passed"], metric
+
+
+def test_groups_of_codes_show_their_distance_where_there_are_enough_codes(run):
+    result = run("--sampler", "gsd", "--testbed", "wide", "--num", "100000", "--seeds", "1")
+    assert result.exit_code == 0 and "differs" in result.stdout, result.output
+
+
 def test_the_verdict_is_measured_anew_every_time(run, runs_dir):
     args = ("--num", "1000", "--seeds", "1", "--quiet", "--json")
     first, second = (json.loads(run(*args).stdout) for _ in range(2))
@@ -60,6 +87,9 @@ def test_the_filters_of_the_command_line_are_part_of_the_law(run):
 @pytest.mark.parametrize(
     ("args", "code", "text"),
     [(("--sampler", "aar"), 3, "Did you mean"), (("--top-p", "2"), 3, "top_p"), (("--num", "0"), 3, "num"), (("--nmu", "3"), 2, "nmu"),
+     (("--window", "2"), 3, "no effect"), (("--sampler", "sjd", "--window", "5"), 3, "1 to 4"), (("--sampler", "sjdd"), 3, "sjd"),
+     (("--sampler", "rsd", "--window", "2"), 3, "no effect in mode rsd"), (("--sampler", "sjd", "--init", "left"), 3, "left_law"),
+     (("--sampler", "vp", "--window", "0"), 3, "window"),
      (("--num", "1000", "--seeds", "1", "--fail-if", "exact_tv>0"), 7, "exact_tv")],
 )  # fmt: skip
 def test_bad_input_gives_its_exit_code_and_one_message(run, args, code, text):
