@@ -62,6 +62,7 @@ def ours(policies: Sequence[Any] = ()) -> list[Entry]:
         (next_scale.NextScaleDecoder, "_add", EMBED),
         (RampGuidance, "combine", SAMPLING),
         (LogitsPipeline, "__call__", SAMPLING),
+        (LogitsPipeline, "verify", SAMPLING),
         (ar, "draw_codes", SAMPLING),
         (Stack, "decode", DECODER),
     ]

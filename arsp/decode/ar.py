@@ -12,13 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from arsp.decode.filters import LogitsPipeline
-from arsp.errors import ConfigError, NumericalError
+from arsp.decode.filters import LogitsPipeline, check_possible
+from arsp.errors import ConfigError
 from arsp.kernels import fuses_noise, keyed_argmax, reference
 from arsp.protocols import Decoder, Generation, Request
 from arsp.rng import Purpose, keyed_gumbel
 
-Choose = Callable[[Tensor, Tensor], Tensor]  # (log_probs_BmV, positions_m) -> codes_Bm
+Choose = Callable[[Tensor, LogitsPipeline, Tensor], Tensor]  # (logits_BmV, pipeline, positions_m) -> codes_Bm
 Callback = Callable[[int], None]  # called after every pass with the number of token positions it made
 
 RNG_NAMES = ("keyed", "torch")
@@ -28,7 +28,7 @@ def decode_blocks(
     decoder: Decoder, request: Request, choose: Choose, pipeline: LogitsPipeline, callback: Callback | None = None, *,
     prefix_Bp: Tensor | None = None, stop: int | None = None,
 ) -> Generation:  # fmt: skip
-    """Fill ``codes_BL`` block by block: one pass of the decoder a block, codes from ``choose(pipeline(logits), positions)``.
+    """Fill ``codes_BL`` block by block: one pass of the decoder a block, codes from ``choose(logits, pipeline, positions)``.
 
     ``prefix_Bp``: codes already known (whole blocks). ``stop``: blocks that begin at or behind this position are left at 0.
     """
@@ -44,7 +44,7 @@ def decode_blocks(
             continue
         positions_m = torch.tensor(block, dtype=torch.int64, device=device)
         logits_BmV = decoder.step(state, fed_Bn)[:, -len(block) :]
-        fed_Bn = choose(pipeline(logits_BmV), positions_m)
+        fed_Bn = choose(logits_BmV, pipeline, positions_m)
         codes_BL[:, positions_m] = fed_Bn
         passes, filled = passes + 1, filled + len(block)
         if callback:
@@ -67,21 +67,27 @@ def draw_codes(log_p_BmV: Tensor, seed: int, sample_ids_B: Tensor, positions: Te
     num_rows, num_positions, _ = log_p_BmV.shape
     ids_Bm, positions_Bm = sample_ids_B[:, None].expand(num_rows, num_positions), positions.expand(num_rows, num_positions)
     codes_R = keyed_argmax(log_p_BmV.flatten(0, 1), seed, ids_Bm.flatten(), positions_Bm.flatten(), purpose)
-    _check(codes_R >= 0)
+    check_possible(codes_R >= 0)
     return codes_R.view(num_rows, num_positions)
 
 
 def keyed_choice(request: Request) -> Choose:
-    """``choose`` by keyed Gumbel-argmax with the request's seed and sample ids.
+    """``choose`` by keyed Gumbel-argmax with the request's seed and sample ids: one look of the kernel at the logits, as in verification.
 
     Noise does not depend on the logits: where no kernel makes it as it goes, small batches make it for several single positions ahead.
     """
     ahead: dict[int, Tensor] = {}
 
-    def choose(log_p_BmV: Tensor, positions_m: Tensor) -> Tensor:
-        num_rows, num_positions, num_codes = log_p_BmV.shape
+    def choose(logits_BmV: Tensor, pipeline: LogitsPipeline, positions_m: Tensor) -> Tensor:
+        num_rows, num_positions, num_codes = logits_BmV.shape
+        if fuses_noise(logits_BmV):
+            positions_Bm = positions_m.expand(num_rows, -1)
+            return pipeline.verify(
+                logits_BmV, torch.full_like(positions_Bm, -1), request.seed, request.sample_ids_B, positions_Bm, Purpose.TOKEN
+            )[1]  # fmt: skip
+        log_p_BmV = pipeline(logits_BmV)
         span = reference.noise_elements(log_p_BmV) // max(1, num_rows * num_codes)
-        if fuses_noise(log_p_BmV) or num_positions > 1 or span < 2:
+        if num_positions > 1 or span < 2:
             return draw_codes(log_p_BmV, request.seed, request.sample_ids_B, positions_m)
         position = int(positions_m)
         if position not in ahead:
@@ -90,7 +96,7 @@ def keyed_choice(request: Request) -> Choose:
             noise = keyed_gumbel(request.seed, request.sample_ids_B[:, None], following, num_codes)
             ahead.update({position + i: noise[:, i : i + 1] for i in range(span)})
         codes_Bm = reference.perturbed_argmax(log_p_BmV, ahead[position])
-        _check(codes_Bm >= 0)
+        check_possible(codes_Bm >= 0)
         return codes_Bm
 
     return choose
@@ -99,8 +105,9 @@ def keyed_choice(request: Request) -> Choose:
 def multinomial_choice(generator: torch.Generator) -> Choose:
     """``choose`` by ``torch.multinomial`` on rows flattened over batch and positions: the official samplers' stream."""
 
-    def choose(log_p_BmV: Tensor, positions_m: Tensor) -> Tensor:
-        _check(log_p_BmV.amax(dim=-1).isfinite())
+    def choose(logits_BmV: Tensor, pipeline: LogitsPipeline, positions_m: Tensor) -> Tensor:
+        log_p_BmV = pipeline(logits_BmV)
+        check_possible(log_p_BmV.amax(dim=-1).isfinite())
         drawn = torch.multinomial(log_p_BmV.flatten(0, 1).exp(), 1, generator=generator)
         return drawn.view(log_p_BmV.shape[:2])
 
@@ -153,11 +160,3 @@ def check_rng(rng: str) -> str:
     if rng not in RNG_NAMES:
         raise ConfigError(f"rng: unknown random stream {rng!r}.", hint=f"use one of: {', '.join(RNG_NAMES)}")
     return rng
-
-
-def _check(drawn: Tensor) -> None:
-    if not drawn.all():
-        raise NumericalError(
-            "sampling: a row of log-probabilities has no finite maximum (NaN logits, or every code removed).",
-            hint="check the model's weights and dtype; float16 activations may overflow",
-        )

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from arsp.decode.ar import decode_blocks, keyed_choice
+from arsp.decode.ar import decode_blocks, draw_codes, keyed_choice
 from arsp.decode.filters import LogitsPipeline
 from arsp.errors import ConfigError
 from arsp.protocols import Capabilities, Decoder, Generation, Generator, Layout, Request
@@ -73,7 +73,8 @@ class MarginalGenerator:
     def generate(self, request: Request, callback: Callable[[int], None] | None = None) -> Generation:
         p_BLV = self.frequencies.to(request.labels_B.device)[request.labels_B]
         L = p_BLV.shape[1]
-        codes = p_BLV.argmax(-1) if self.mode else keyed_choice(request)(p_BLV.log(), torch.arange(L, device=p_BLV.device))
+        positions = torch.arange(L, device=p_BLV.device)
+        codes = p_BLV.argmax(-1) if self.mode else draw_codes(p_BLV.log(), request.seed, request.sample_ids_B, positions)
         if callback:
             callback(L)
         return Generation(codes, stats={"passes": 1, "tokens_per_pass": L})

@@ -73,10 +73,7 @@ class LogitsPipeline:
             logits_BmV.flatten(0, 1), drafts_Bm.flatten(), *rule, seed, sample_ids_B[:, None].expand(shape).flatten(),
             positions_Bm.flatten(), int(purpose), stream,
         )  # fmt: skip
-        if bool((drawn < 0).any()):
-            raise NumericalError(
-                "a law without possible codes: its logits are all -inf or hold a NaN.", "Check the weights and --temperature."
-            )
+        check_possible(drawn >= 0)
         scale = 1.0 if rule[0] == 0 else max(rule[0], MIN_TEMPERATURE)
         return Law(logits_BmV, *(x.view(shape) for x in law), scale), drawn.view(shape), log_p.view(shape)
 
@@ -105,7 +102,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 def keep_top_p(logits: Tensor, mass: float) -> Tensor:
     """Keep the best code and every code whose better codes together hold at most ``mass``."""
     ordered = _sort_descending(logits)
-    before = torch.softmax(ordered, dim=-1).cumsum(dim=-1)[..., :-1]
+    before = torch.softmax(ordered.double(), dim=-1).cumsum(dim=-1)[..., :-1]
     return _keep_best(logits, ordered, 1 + (before <= mass).sum(dim=-1, keepdim=True))
 
 
@@ -143,6 +140,14 @@ def _keep_best(logits: Tensor, ordered: Tensor, count: Tensor) -> Tensor:
 def _one_hot_log_probs(logits: Tensor) -> Tensor:
     best = logits.float().argmax(dim=-1, keepdim=True)  # the first of equal maxima
     return torch.full(logits.shape, -torch.inf, device=logits.device).scatter_(-1, best, 0.0)
+
+
+def check_possible(drawn: Tensor) -> None:
+    if not drawn.all():
+        raise NumericalError(
+            "sampling: a row of log-probabilities has no finite maximum (NaN logits, or every code removed).",
+            hint="check the model's weights and dtype; float16 activations may overflow",
+        )
 
 
 def _check(name: str, value: float, valid: bool, expected: str) -> None:

@@ -70,10 +70,12 @@ class Redraw:
         if self.name == "reuse":
             return torch.where(old & (ratio_Bm > self.tau), drafts, drawn_Bm), law
         uniform = keyed_uniform(tape.request.seed, tape.ids_B[:, None], positions_Bm, Purpose.COUPLE, 1, tape.passes)[..., 0]
-        every = torch.arange(len(tape), device=positions_Bm.device)
-        index = torch.arange(positions_Bm.shape[1], device=positions_Bm.device).expand(positions_Bm.shape)
-        others = resample(law, tape, every, index, positions_Bm, Purpose.DRAFT, tape.passes + 1)
-        return torch.where(old, torch.where(uniform < ratio_Bm, drafts, others), drawn_Bm), law
+        codes = torch.where(old, drafts, drawn_Bm)
+        rows, index = (old & (uniform >= ratio_Bm)).nonzero(as_tuple=True)
+        if len(rows):
+            place = positions_Bm[rows, index][:, None]
+            codes[rows, index] = resample(law, tape, rows, index[:, None], place, Purpose.DRAFT, tape.passes + 1).squeeze(1)
+        return codes, law
 
     def _rising(self, law: Law, tape: Tape, positions_Bm: Tensor) -> tuple[Tensor, Law]:
         log_p = law.log_probs()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from arsp.decode.ar import keyed_choice
+from arsp.decode.ar import draw_codes
 from arsp.decode.filters import LogitsPipeline
 from arsp.decode.next_scale import NextScaleDecoder
 from arsp.protocols import Generation, Request
@@ -29,13 +29,13 @@ class SmoothGenerator:
 
     @torch.inference_mode()
     def generate(self, request: Request, callback: Callable[[int], None] | None = None) -> Generation:
-        decoder, choose = self.decoder, keyed_choice(request)
+        decoder = self.decoder
         book, device = decoder.quantizer.embedding.weight.float(), request.sample_ids_B.device
         state, codes, vectors, all_codes, all_vectors = decoder.start(request), None, None, [], []
         for k, block in enumerate(decoder.layout.blocks):
             logits = self.pipeline.masked_logits(decoder.step(state, codes, vectors))
             positions = torch.tensor(block, device=device)
-            codes = choose(torch.log_softmax(logits, dim=-1), positions)
+            codes = draw_codes(torch.log_softmax(logits, dim=-1), request.seed, request.sample_ids_B, positions)
             noise = keyed_gumbel(request.seed, request.sample_ids_B[:, None], positions, logits.shape[-1], Purpose.SMOOTH)
             vectors = smooth_vectors(logits, noise, k / (len(decoder.layout.blocks) - 1), book)
             all_codes.append(codes)

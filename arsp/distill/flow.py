@@ -194,7 +194,8 @@ def sample_through_map(
     book = codebook if isinstance(codebook, FlowCodebook) else prepare_codebook(codebook, settings)
     evaluations = []
 
-    def choose(log_p_BmV: Tensor, positions_m: Tensor) -> Tensor:
+    def choose(logits_BmV: Tensor, pipeline: LogitsPipeline, positions_m: Tensor) -> Tensor:
+        log_p_BmV = pipeline(logits_BmV)
         noise_BmE = noise_fn(positions_m)
         codes_N, info = flow_map(log_p_BmV.flatten(0, 1), noise_BmE.flatten(0, 1), book)
         evaluations.append(info["nfe"] * len(positions_m))

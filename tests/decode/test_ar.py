@@ -105,7 +105,7 @@ def test_noise_made_ahead_is_the_noise_of_each_position(decoder, monkeypatch, el
     assert torch.equal(draw_codes(log_p, 5, torch.arange(8), torch.arange(5)), codes)
     choose = keyed_choice(request(range(8), 5))
     for i in (3, 0, 4, 1, 1):  # any order
-        assert torch.equal(choose(log_p[:, i : i + 1], torch.tensor([i])), codes[:, i : i + 1]), f"position {i}"
+        assert torch.equal(choose(log_p[:, i : i + 1], LogitsPipeline(), torch.tensor([i])), codes[:, i : i + 1]), f"position {i}"
 
 
 def test_a_known_prefix_is_kept_and_sampling_can_stop_early(decoder):

@@ -92,7 +92,7 @@ def test_images_of_the_sampler(case):
     model, tokenizer, io, tol = model_of(case, {}, "var"), tokenizer_of(case), case.io, case.meta["tolerance"]
     K, pipeline = len(case.config["patch_nums"]), LogitsPipeline(temperature=0)
     decoder = NextScaleDecoder(model, tokenizer.quantize, RampGuidance(case.config["cfg"], K))
-    greedy = lambda log_p, positions: log_p.argmax(-1)  # noqa: E731
+    greedy = lambda logits, pipeline, positions: pipeline(logits).argmax(-1)  # noqa: E731
     for labels, name in ((io["labels"], "ar_image_01"), (torch.full_like(io["labels"], case.config["num_classes"]), "ar_null_image_01")):
         if name in io:
             codes = decode_blocks(decoder, request_of(labels), greedy, pipeline).codes_BL
