@@ -91,11 +91,12 @@ def _exact(parts: Parts, options: VerifyConfig) -> ExactRule:
 
 
 def _lantern(parts: Parts, options: VerifyConfig) -> Any:
-    near = CodebookGeometry(parts.codebook_VE).nearest(options.near).to(parts.codebook_VE.device)
-    if parts.draft is None:
+    lenders, tree = options.near, parts.draft is not None
+    near = CodebookGeometry(parts.codebook_VE).nearest(lenders + tree).to(parts.codebook_VE.device)
+    if not tree:
         initialiser = Initialiser(options.init, parts.decoder.layout.grid[1])
         return Chain(parts.pipeline, initialiser, LanternRule(near, options.delta), Redraw(), parts.prior_YLV)
-    return DraftTree(parts.pipeline, parts.draft, _branching(options), LanternTree(near, options.delta), replace=False)
+    return DraftTree(parts.pipeline, parts.draft, _branching(options), LanternTree(near, options.delta, lenders), replace=False)
 
 
 def _branching(options: VerifyConfig) -> TreeShape:

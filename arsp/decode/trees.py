@@ -177,8 +177,15 @@ class Sequential:
 
 
 class LanternTree(LanternRule):
-    """The dynamic-tree rule of LANTERN: a sibling is accepted with its relaxed probability; a rejected one is removed, with its neighbours
-    where it had any."""
+    """The dynamic-tree rule of LANTERN: a sibling is accepted with its relaxed probability; a rejected one is removed, with its K nearest
+    codes where any of them lent. ``lenders``: how many of the K may.
+
+    note: the release removes one more than may lend.
+    """
+
+    def __init__(self, nearest_VK: Tensor, bound: float, lenders: int):
+        super().__init__(nearest_VK, bound)
+        self.lenders = lenders
 
     def choose(self, p_BV: Tensor, q_BV: Tensor, codes_BK: Tensor, valid_BK: Tensor, uniform_BK: Tensor) -> tuple[Tensor, Tensor]:
         chosen = torch.full_like(codes_BK[:, 0], -1)
@@ -186,8 +193,8 @@ class LanternTree(LanternRule):
             code = codes_BK[:, k : k + 1]
             near = self.nearest[code.squeeze(1)].long()
             p = p_BV.gather(1, code).squeeze(1)
-            added, count = self.borrowed(p, p_BV.gather(1, near))
-            repeated = (codes_BK[:, :k] == code).any(1)
+            added, count = self.borrowed(p, p_BV.gather(1, near[:, : self.lenders]))
+            repeated = ((codes_BK[:, :k] == code) & valid_BK[:, :k]).any(1)
             trying = valid_BK[:, k] & (chosen < 0) & ~repeated
             taken = trying & (uniform_BK[:, k] <= p + added)
             chosen = torch.where(taken, k, chosen)
