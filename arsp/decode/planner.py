@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -37,7 +37,8 @@ TRIAL_ROWS = 16  # rows that a window is tried on before it counts as known
 MEMORY = 64  # passes that an estimate looks back on, about
 PRIOR = 4.0  # rows that the estimate of the next shallower depth counts for
 MAX_TRIAL = 2.0  # a trial takes at most this many times what one code takes
-NEW_LOSS, AGAIN_LOSS = 0.02, 0.01  # shares of the time that trials may lose: of windows not known yet, and of others
+NEW_LOSS, AGAIN_LOSS = 0.02, 0.005  # shares of the time that trials may lose: of windows not known yet, and of others
+QUARTERS = 4  # parts of the sequence with estimates of their own: first rows of an image have nothing to be guessed from
 _MAX_RATIO = 8.0  # passes slower than this (times one code) are not timed but extrapolated
 _NORMAL = NormalDist()
 
@@ -184,6 +185,11 @@ class Acceptance:
             self._stood[own, :stood] += 1
             self.rows[own] += window > 0
 
+    @property
+    def known(self) -> int:
+        """Index of the widest candidate that was looked at often enough; 0: none."""
+        return max((own for own, rows in enumerate(self.rows) if rows >= TRIAL_ROWS), default=0)
+
     def survival(self, window: int) -> list[float]:
         """``[S_0, .., S_window]`` of a pass over this window. Needs an observation (``any(rows)``)."""
         if not self._shared:
@@ -223,39 +229,50 @@ class Prospect:
     speedup: float | None = None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a batch stands: active rows, codes that the one furthest behind lacks, whether all lack as many, quarter of the sequence."""
+
+    batch: int
+    remaining: int
+    aligned: bool
+    quarter: int
+
+
 class WindowPlanner:
     """Chooses windows from :data:`CANDIDATES`; the same observations give the same windows. Keep one for all batches of a run.
 
-    * A choice holds for four passes, or to the end of the batch.
+    * A choice holds for four passes, or to the end of the batch. Each quarter of the sequence has estimates of its own.
     * The window with the largest predicted speed-up is taken if that exceeds 1.02, else W = 0: plain AR. Once rows stand at different
       lengths, what it is compared with is W = 0 in this state, which is slower than plain AR. Before that, the prediction
       includes that the rows of a batch end at different times.
-    * A window wider than those known is tried until 16 rows have been through it: the widest one that takes at most twice the time of one
-      code, could gain if all drafts stood, and, if none does, keeps what trials lost below 2 % of the time of what is done and
-      still to come of the batch.
-    * W = 0 stays until 1 % of the time of what is done would pay for a trial of the best window, none of its drafts standing.
-    * Passes that turn out faster than plain AR pay earlier losses back, and no more than these.
+    * A window wider than those known in a quarter is tried until 16 rows have been through it: the widest one that takes at most twice the
+      time of one code, could gain if every draft behind a first one stood, and, if none stands, keeps what is lost below 2 % of the
+      time of what is done and of the next quarter. Passes faster than plain AR pay earlier losses back, and no more than these.
+    * W = 0 stays until 0.5 % of the time of what is done pays for another trial of the best window, within the same 2 %.
     """
 
     def __init__(self, cost: StepCost):
-        self.acceptance = Acceptance()
+        self.quarters = [Acceptance() for _ in range(QUARTERS)]
         self._seconds = functools.cache(cost.of)
-        self._done = self._lost = 0.0  # in times of one code of plain AR
-        self._rows, self._aligned, self._remaining = 1, True, 0  # of this batch
+        self._done = self._lost = self._staked = 0.0  # in times of one code of plain AR; staked: on trials of known windows
+        self._rows, self._length, self._place = 1, 1, Place(1, 0, True, 0)  # of this batch at its start, and where it stands
         self._held = (0, 0)  # window, passes to come
-        self._scope = (1, 1)  # rows and codes to come of the longest call so far
+        self._widest = (1, 1)  # rows and length of the largest batch so far
 
     def choose(self, batch: int, remaining: int) -> int:
         """Drafts of the next pass, at most ``remaining - 1``; ``batch`` active rows, the one furthest behind lacks ``remaining`` codes."""
         if batch < 1 or remaining < 1:
             raise UsageError(f"choose: {batch} rows with {remaining} codes to come, expected 1 or more of both.")
-        window, passes = self._held
-        if remaining > self._remaining:  # a new batch
-            self._rows, self._aligned, passes = batch, True, 0
-        self._remaining = remaining
-        self._scope = max(self._scope, (batch, remaining), key=lambda scope: scope[0] * scope[1])
+        (window, passes), aligned = self._held, self._place.aligned
+        if remaining > self._place.remaining:  # a new batch
+            self._rows, self._length, aligned, passes = batch, remaining, True, 0
+            self._widest = max(self._widest, (batch, remaining), key=lambda x: x[0] * x[1])
+        self._place = Place(batch, remaining, aligned, QUARTERS * (self._length - remaining) // self._length)
         if not passes:
-            window, passes = self._decide(batch, remaining, self._aligned)[0], HOLD
+            chosen, _, stake = self._decide(self._place)
+            window, passes = chosen.window, HOLD
+            self._staked += stake
         self._held = (window, passes - 1)
         return min(window, remaining - 1)
 
@@ -268,58 +285,85 @@ class WindowPlanner:
                 f"observe: accepted {accepted} of {windows} drafts, expected as many numbers, 0 <= accepted <= {CANDIDATES[-1]}."
             )
         committed = (len(accepted) + sum(accepted)) / self._rows
-        took = self._seconds(len(accepted), max(windows) + 1, self._aligned) / self._seconds(self._rows, 1, True)
+        took = self._seconds(len(accepted), max(windows) + 1, self._place.aligned) / self._seconds(self._rows, 1, True)
         self._done += committed
         self._lost = max(0.0, self._lost + took - committed)
-        self._aligned &= len(set(accepted)) == 1
-        self.acceptance.observe(accepted, windows)
+        self.quarters[self._place.quarter].observe(accepted, windows)
+        if len(set(accepted)) > 1:
+            self._place = replace(self._place, aligned=False)
 
     def decision(self) -> str:
-        """One sentence: what is done at the start of a batch, given all that was observed."""
-        return self._decide(*self._scope, True)[1]
+        """One sentence: what is done with a batch, given all that was observed."""
+        places = self._places()
+        chosen, reasons, stakes = zip(*map(self._decide, places), strict=True)
+        chosen = [Prospect(0, 1.0, 1.0, 1.0) if stake else x for x, stake in zip(chosen, stakes, strict=True)]  # but for another trial
+        widest = max(x.window for x in chosen)
+        if widest == 0:
+            promise = lambda place: max((x.speedup or 0.0 for x in self._prospects(place)[1:]), default=0.0)  # noqa: E731
+            return f"plain AR: {reasons[max(places, key=promise).quarter]}"
+        windows = [widest if x.window == place.remaining - 1 else x.window for x, place in zip(chosen, places, strict=True)]
+        name = f"window {widest}" if set(windows) == {widest} else f"windows {', '.join(map(str, windows))} by quarter"
+        if any(x.speedup is None for x in chosen):
+            return f"{name}: being tried at up to {max(x.time_ratio for x in chosen):.1f}x the time of one token."
+        passes = sum(1 / x.tokens_per_pass for x in chosen)
+        time = sum(x.time_ratio / x.tokens_per_pass for x in chosen)
+        return f"{name}: {QUARTERS / passes:.1f} tokens a pass predicted at {time / passes:.1f}x the time of one token."
 
     def table(self) -> list[dict[str, Any]]:
-        """The prospects behind :meth:`decision`, by window, as plain values."""
-        return [asdict(prospect) for prospect in self._prospects(*self._scope, True)]
+        """The prospects behind :meth:`decision`, by quarter and window, as plain values."""
+        return [{"quarter": place.quarter} | asdict(row) for place in self._places() for row in self._prospects(place)]
 
-    def _decide(self, batch: int, remaining: int, aligned: bool) -> tuple[int, str]:
-        plain, *others = self._prospects(batch, remaining, aligned)
+    def _places(self) -> list[Place]:
+        """The starts of the quarters of the largest batch so far, in step."""
+        batch, length = self._widest
+        return [Place(batch, max(1, length - length * quarter // QUARTERS), True, quarter) for quarter in range(QUARTERS)]
+
+    def _decide(self, place: Place) -> tuple[Prospect, str, float]:
+        """What is done, why if it is plain AR, and what is staked if a known window is tried again."""
+        plain, *others = self._prospects(place)
         if not others:
-            return 0, "plain AR: one code is left."
-        known = max((own for own, rows in enumerate(self.acceptance.rows) if rows >= TRIAL_ROWS), default=0)
-        wider = [x for x in others if _own(x.window) > known]
-        if trial := self._affordable(wider, plain, batch, remaining, NEW_LOSS * (self._done + remaining)):
-            return trial.window, f"window {trial.window}: being tried at {trial.time_ratio:.2f}x the time of one token."
-        if not any(self.acceptance.rows):
+            return plain, "one code is left.", 0.0
+        known, gains, stake = self.quarters[place.quarter].known, self._can_gain(place), self._stake(place)
+        allowed = NEW_LOSS * (self._done + min(self._length / QUARTERS, place.remaining))
+        trials = [x for x in others if _own(x.window) > known and gains(x) and self._lost + stake(x) <= allowed]
+        if trials:
+            return trials[-1], "", 0.0
+        if others[0].speedup is None:
             most = max(others, key=lambda x: (x.window + 1) / x.time_ratio)
+            if gains(most):
+                return plain, f"no window was tried yet, a trial might lose more than {NEW_LOSS:.0%} of the time so far.", 0.0
             bound = (most.window + 1) / most.time_ratio
-            if bound < MIN_GAIN:
-                return 0, f"plain AR: no window gains; with every draft accepted W={most.window} would reach {bound:.2f}x."
-            return 0, f"plain AR: trying a window could lose more than {NEW_LOSS:.0%} of the time of a batch."
+            return plain, f"no window gains; with every draft accepted W={most.window} would reach {bound:.2f}x.", 0.0
         best = max(others, key=lambda x: x.speedup)
         if best.speedup >= MIN_GAIN * plain.speedup:
-            cost = f"{best.tokens_per_pass:.1f} tokens a pass predicted at {best.time_ratio:.1f}x the time of one token"
-            return best.window, f"window {best.window}: {cost}."
-        if self._affordable([best], plain, batch, remaining, AGAIN_LOSS * self._done):
-            return best.window, f"window {best.window}: being tried again, {best.speedup:.2f}x predicted."
-        return 0, f"plain AR: no window gains; best W={best.window} predicts {best.speedup:.2f}x."
+            return best, "", 0.0
+        reason = f"no window gains; best W={best.window} predicts {best.speedup:.2f}x."
+        if self._staked + stake(best) <= AGAIN_LOSS * self._done and self._lost + stake(best) <= allowed:
+            return best, reason, stake(best)
+        return plain, reason, 0.0
+
+    def _can_gain(self, place: Place) -> Callable[[Prospect], bool]:
+        """Whether a window gains if every draft behind a first one stands, or if all do where nothing is known."""
+        acceptance = self.quarters[place.quarter]
+        first = acceptance.survival(1)[1] if acceptance.known else 1.0
+        return lambda x: (1 + x.window * first) / x.time_ratio >= MIN_GAIN
 
     def _time(self, batch: int, window: int, aligned: bool) -> float:
         """Of a pass, in units of what plain AR takes for a code of each of these rows."""
         return self._seconds(batch, window + 1, aligned) / self._seconds(batch, 1, True)
 
-    def _prospects(self, batch: int, remaining: int, aligned: bool) -> list[Prospect]:
+    def _prospects(self, place: Place) -> list[Prospect]:
         """Of the candidates that fit, W = 0 first."""
-        found = []
-        for window in sorted({min(window, remaining - 1) for window in CANDIDATES}):
-            ratio = self._time(batch, window, aligned)
+        found, acceptance = [], self.quarters[place.quarter]
+        for window in sorted({min(window, place.remaining - 1) for window in CANDIDATES}):
+            ratio = self._time(place.batch, window, place.aligned)
             if window == 0:
                 found.append(Prospect(0, ratio, 1.0, 1 / ratio))
-            elif not any(self.acceptance.rows):
+            elif not any(acceptance.rows):
                 found.append(Prospect(window, ratio))
             else:
-                tokens, variance = self.acceptance.moments(window)
-                tail = self._tail(batch, window, variance / (remaining * tokens)) if aligned and batch > 1 else 0.0
+                tokens, variance = acceptance.moments(window)
+                tail = self._tail(place.batch, window, variance / (place.remaining * tokens)) if place.aligned and place.batch > 1 else 0.0
                 found.append(Prospect(window, ratio, tokens, tokens / ratio / (1 + tail)))
         return found
 
@@ -332,16 +376,11 @@ class WindowPlanner:
         slowest = _NORMAL.inv_cdf((batch - 0.375) / (batch + 0.25))
         return self._seconds(1, window + 1) / self._seconds(batch, window + 1) * slowest * math.sqrt(spread)
 
-    def _affordable(self, prospects: list[Prospect], plain: Prospect, batch: int, remaining: int, allowed: float) -> Prospect | None:
-        """The widest window that may be tried; None: none.
+    def _stake(self, place: Place) -> Callable[[Prospect], float]:
+        """What a trial of a window loses if none of its drafts stands, infinite where it takes too long.
 
-        At worst a trial adds its time less that of W = 0, and leaves rows at different lengths, where each later code is slower.
+        Its time less that of W = 0; and it may leave rows at different lengths, where each later code is slower.
         """
-        passes = min(HOLD, remaining - 1)
-        uneven = max(0.0, self._time(batch, 0, False) - plain.time_ratio) * (remaining - 1)
-        fits = lambda x: (  # noqa: E731
-            x.time_ratio <= MAX_TRIAL * plain.time_ratio
-            and (x.window + 1) / x.time_ratio >= MIN_GAIN
-            and self._lost + passes * (x.time_ratio - plain.time_ratio) + uneven <= allowed
-        )
-        return max(filter(fits, prospects), key=lambda x: x.window, default=None)
+        plain, passes = self._time(place.batch, 0, place.aligned), min(HOLD, place.remaining - 1)
+        uneven = max(0.0, self._time(place.batch, 0, False) - plain) * (place.remaining - 1)
+        return lambda x: math.inf if x.time_ratio > MAX_TRIAL * plain else passes * max(0.0, x.time_ratio - plain) + uneven

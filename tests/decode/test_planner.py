@@ -30,10 +30,10 @@ FLAT, LINEAR, MIXED = cost(lambda b, n: 1.0), cost(lambda b, n: b * n), cost(lam
 
 
 class Rows:
-    """Rows whose drafts stand with probability ``rate`` each, decoded under a planner: the loop without its decoder."""
+    """The loop without its decoder: drafts stand with probability ``rate`` each, none of them before position ``begin``."""
 
-    def __init__(self, chooser: WindowPlanner, times: StepCost, rate: float, seed: int = 0):
-        self.planner, self.times, self.rate = chooser, times, rate
+    def __init__(self, chooser: WindowPlanner, times: StepCost, rate: float, seed: int = 0, begin: int = 0):
+        self.planner, self.times, self.rate, self.begin = chooser, times, rate, begin
         self.generator, self.time, self.windows = np.random.default_rng(seed), 0.0, []
 
     def batch(self, length: int, rows: int = 1) -> None:
@@ -41,7 +41,7 @@ class Rows:
         while len(known):
             window = self.planner.choose(len(known), length - known.min())
             looked = np.minimum(window, length - 1 - known)
-            stood = np.minimum(self.generator.geometric(1 - self.rate, len(known)) - 1, looked)
+            stood = np.minimum(self.generator.geometric(1 - self.rate, len(known)) - 1, looked) * (known >= self.begin)
             self.planner.observe(torch.from_numpy(stood), torch.from_numpy(looked))
             plain = aligned and window == 0
             self.time += self.times.aligned[rows] if plain else self.times.of(len(known), window + 1)
@@ -188,10 +188,12 @@ def test_passes_without_drafts_change_nothing():
 
 
 def seen(times: StepCost, rate: float, windows: tuple[int, ...]) -> WindowPlanner:
-    """A planner that has seen 4000 rows through each window."""
+    """A planner that has seen 4000 rows through each window, everywhere."""
     chooser, generator = WindowPlanner(times), np.random.default_rng(0)
     for window in windows:
-        chooser.acceptance.observe(np.minimum(generator.geometric(1 - rate, 4000) - 1, window).tolist(), [window] * 4000)
+        stood = np.minimum(generator.geometric(1 - rate, 4000) - 1, window).tolist()
+        for acceptance in chooser.quarters:
+            acceptance.observe(stood, [window] * 4000)
     return chooser
 
 
@@ -212,13 +214,35 @@ def test_where_every_code_costs_the_same_it_is_plain_ar_and_says_so():
     assert chooser.decision() == "plain AR: no window gains; with every draft accepted W=1 would reach 1.00x."
 
 
+def test_where_too_few_drafts_stand_it_is_plain_ar_and_says_so():
+    chooser = seen(MIXED, 0.05, (1, 2, 4, 8))
+    assert chooser.choose(1, 256) == 0
+    assert chooser.decision() == "plain AR: no window gains; best W=1 predicts 0.92x."
+
+
 def test_the_first_window_takes_at_most_twice_the_time_of_one_code_and_little_of_the_batch():
-    assert WindowPlanner(MIXED).choose(1, 256) == 4  # 1.57x; 8 drafts would take 2.14x
-    assert WindowPlanner(MIXED).choose(1, 80) == 2  # 2 % of 80 codes pay for four passes at 1.29x, not at 1.57x
+    assert WindowPlanner(MIXED).choose(1, 256) == 2  # 2 % of a quarter of 256 codes pays for four passes at 1.29x, not at 1.57x
     assert WindowPlanner(MIXED).choose(1, 16) == 0
     chooser = WindowPlanner(MIXED)
-    chooser.choose(1, 256)
-    assert chooser.decision() == "window 4: being tried at 1.57x the time of one token."
+    assert chooser.choose(1, 4096) == 4  # 8 drafts would take 2.14x
+    assert chooser.decision() == "window 4: being tried at up to 1.6x the time of one token."
+
+
+def test_wider_windows_are_not_tried_where_no_first_draft_stands():
+    simulated = Rows(seen(MIXED, 0.0, (1,)), MIXED, 0.0)
+    for _ in range(20):
+        simulated.batch(256)
+    assert max(simulated.windows) == 1
+
+
+def test_quarters_of_the_sequence_have_windows_of_their_own():
+    simulated = Rows(WindowPlanner(MIXED), MIXED, 0.8, begin=64)
+    for _ in range(10):
+        simulated.batch(256)
+    simulated.windows.clear()
+    simulated.batch(256)
+    assert np.mean(simulated.windows[:60]) < 1 and np.mean(simulated.windows[64:]) > 3
+    assert simulated.planner.decision().startswith("windows 0, ") and " by quarter: " in simulated.planner.decision()
 
 
 @pytest.mark.parametrize("rate", [0.3, 0.6, 0.9])
@@ -243,17 +267,25 @@ def test_it_comes_near_the_best_fixed_window():
 @pytest.mark.parametrize("rows, length", [(1, 256), (1, 16), (16, 256), (16, 16)])
 @pytest.mark.parametrize("uneven", [1.0, 1.12])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_trials_lose_little_and_are_repeated(rows, length, uneven, rate):
+def test_trials_lose_little(rows, length, uneven, rate):
     times = cost(lambda b, n: 60 + 5 * b * n, uneven=uneven)
     simulated = Rows(WindowPlanner(times), times, rate)
     for count in range(1, 41):
         simulated.batch(length, rows)
         lost = simulated.time / (count * length * times.aligned[rows]) - 1
-        assert lost <= 0.0201, f"{lost:.1%} lost after {count} batches"
-    if rate == 0:
-        tries = np.flatnonzero(simulated.windows)
-        assert len(tries) > 4 and tries[-1] > 0.6 * len(simulated.windows), f"no trial after pass {tries[-1]}"
-        assert simulated.planner.decision().startswith(("plain AR: no window gains; best W=", "window 1: being tried again, "))
+        assert lost <= 0.021, f"{lost:.1%} lost after {count} batches"  # 2 %, and what a window loses that was taken on an estimate
+    assert any(simulated.windows)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_windows_known_not_to_gain_are_tried_again_at_times(rows):
+    times = cost(lambda b, n: 60 + 5 * b * n)
+    simulated = Rows(seen(times, 0.0, (1, 2, 4, 8, 16)), times, 0.0)
+    for _ in range(40):
+        simulated.batch(256, rows)
+    tries, passes = np.flatnonzero(simulated.windows), len(simulated.windows)
+    assert len(tries) > 4 and tries[-1] > 0.9 * passes, f"trials at {tries} of {passes} passes"
+    assert simulated.time <= 1.00501 * passes * times.aligned[rows]
 
 
 def test_acceptance_that_rises_is_noticed():
@@ -269,7 +301,7 @@ def test_rows_at_different_lengths_are_compared_with_what_one_code_costs_them():
     """At 1.5x, 1.25 codes a pass do not pay for leaving plain AR, but once rows are ragged they do."""
     times = cost(lambda b, n: 1.0, uneven=1.5)
     chooser = WindowPlanner(times)
-    chooser.acceptance.observe([0, 0, 0, 0, 1] * 40, [1] * 200)
+    chooser.quarters[0].observe([0, 0, 0, 0, 1] * 40, [1] * 200)
     for done in range(4):  # passes that a choice is kept for
         assert chooser.choose(2, 64 - done) == 0
         chooser.observe([0, 0], [0, 0])
@@ -282,7 +314,7 @@ def test_rows_at_different_lengths_are_compared_with_what_one_code_costs_them():
 def test_rows_that_end_at_different_times_count_against_windows_of_a_batch():
     def row(batch, remaining):
         chooser = WindowPlanner(FLAT)
-        chooser.acceptance.observe([0, 1, 2] * 200, [2] * 600)
+        chooser.quarters[0].observe([0, 1, 2] * 200, [2] * 600)
         chooser.choose(batch, remaining)
         return next(row for row in chooser.table() if row["window"] == 2)
 
@@ -302,8 +334,8 @@ def test_before_anything_is_seen_a_table_holds_times_alone():
     chooser = WindowPlanner(MIXED)
     chooser.choose(1, 4)
     rows = json.loads(json.dumps(chooser.table()))
-    assert [row["window"] for row in rows] == [0, 1, 2, 3]
-    assert rows[1] == {"window": 1, "time_ratio": pytest.approx(80 / 70), "tokens_per_pass": None, "speedup": None}
+    assert [(row["quarter"], row["window"]) for row in rows] == [(q, w) for q in range(4) for w in range(4 - q)]
+    assert rows[1] == {"quarter": 0, "window": 1, "time_ratio": pytest.approx(80 / 70), "tokens_per_pass": None, "speedup": None}
 
 
 def test_the_last_code_needs_no_window():
