@@ -216,15 +216,16 @@ class Statistics:
         """Everything as plain values; acceptance by place in the image, None where no draft was tested."""
         total = sum(self.histogram.values())
         codes = sum(number * count for number, count in self.histogram.items())
-        pairs = zip(self.accepted_L.tolist(), self.tested_L.tolist(), strict=True) if self.tested_L is not None else ()
-        rate = [accepted / tested if tested else None for accepted, tested in pairs]
+        none = [0] * (grid[0] * grid[1])
+        accepted, tested = (none if counts is None else counts.tolist() for counts in (self.accepted_L, self.tested_L))
+        rate = [stood / num if num else None for stood, num in zip(accepted, tested, strict=True)]
         return {
             "images": self.images,
             "passes_per_image": self.passes / max(1, self.images),
             "tokens_per_pass": codes / max(1, total),
             "committed": {str(number): self.histogram[number] for number in sorted(self.histogram)},
             "single_token_share": self.histogram.get(1, 0) / max(1, total),
-            "acceptance": sum(self.accepted_L.tolist()) / max(1, sum(self.tested_L.tolist())) if rate else None,
+            "acceptance": sum(accepted) / sum(tested) if any(tested) else None,
             "acceptance_map": [rate[row * grid[1] : (row + 1) * grid[1]] for row in range(grid[0])],
             "state_bytes_per_image": self.state_bytes,
         }
