@@ -297,9 +297,7 @@ def speculate_view(record: dict[str, Any]) -> Any:
     if report["acceptance"] is not None:
         parts.append(heat_map(report["acceptance_map"]))
     if "planner" in record:
-        columns = {"window": "window", "time_ratio": "time of a pass", "tokens_per_pass": "tokens a pass", "speedup": "speed-up"}
-        rows = [[line[key] for key in columns] for line in record["planner"]["windows"]]
-        parts += [make_table("Windows, relative to one code a pass", list(columns.values()), rows), Text(record["planner"]["decision"])]
+        parts += [planned(record["planner"]["windows"]), Text(record["planner"]["decision"])]
     parts += [Text(f"pictures and record: {record['run_dir']}"), Text(f"as a page: arsp report {record['run_dir']}")]
     return Group(*parts)
 
@@ -354,6 +352,16 @@ def histogram(committed: dict[str, int]) -> Any:
     total = sum(committed.values())
     rows = [(int(tokens), count, f"{100 * count / total:.1f} %", "█" * round(40 * count / total)) for tokens, count in committed.items()]
     return make_table("Tokens committed by a pass of an image", ("tokens", "passes", "share", ""), rows)
+
+
+def planned(windows: list[dict[str, Any]]) -> Any:
+    """What a planner expects of each window in each quarter of the image."""
+    columns = {
+        "quarter": "quarter of the image", "window": "window", "time_ratio": "time of a pass", "tokens_per_pass": "tokens a pass",
+        "speedup": "speed-up",
+    }  # fmt: skip
+    rows = [[line[key] + 1 if key == "quarter" else line[key] for key in columns] for line in windows]
+    return make_table("Windows, relative to a token a pass", list(columns.values()), rows)
 
 
 def heat_map(rates: list[list[float | None]]) -> Any:
