@@ -7,6 +7,7 @@ before it, is what it is tested against. A deterministic guess has a one-hot law
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class Tape:
     rows_B: Tensor  # which row of the whole request this is
     uniform_BL: Tensor  # for the test of the draft at each position: a position is tested once in a way that counts
     laws: Law | None = None
-    prior_BLV: Tensor | None = None  # probabilities
+    prior_YLV: Tensor | None = None  # probabilities by class, position and code; shared by all rows
     passes: int = 0
 
     @staticmethod
@@ -56,13 +57,9 @@ class Tape:
         may scribble on."""
         ids = request.sample_ids_B
         codes, none, rows = ids.new_zeros(len(ids), length + spare), torch.zeros_like(ids), torch.arange(len(ids), device=ids.device)
-        labels = request.labels_B if request.labels_B is not None else none
-        prior = None
-        if prior_YLV is not None:
-            behind = prior_YLV.new_full((len(prior_YLV), spare, vocab_size), 1 / vocab_size)
-            prior = torch.cat((prior_YLV, behind), dim=1).to(ids.device)[labels]
+        prior = None if prior_YLV is None else prior_YLV.to(ids.device)
         uniform = keyed_uniform(request.seed, ids[:, None], torch.arange(codes.shape[1], device=ids.device), Purpose.ACCEPT, 1)[..., 0]
-        return Tape(request, vocab_size, length, codes, none, none, torch.full_like(codes, ONE_HOT), rows, uniform, prior_BLV=prior)
+        return Tape(request, vocab_size, length, codes, none, none, torch.full_like(codes, ONE_HOT), rows, uniform, prior_YLV=prior)
 
     def __len__(self) -> int:
         return len(self.known_B)
@@ -73,11 +70,10 @@ class Tape:
 
     def select(self, rows: Tensor) -> Tape:
         """The tape of these rows only."""
-        pick = lambda x: None if x is None else x[rows]  # noqa: E731
         laws = None if self.laws is None else self.laws.select(rows)
         return Tape(
             self.request.rows(rows), self.vocab_size, self.length, self.codes_BL[rows], self.known_B[rows], self.drafted_B[rows],
-            self.source_BL[rows], self.rows_B[rows], self.uniform_BL[rows], laws, pick(self.prior_BLV), self.passes,
+            self.source_BL[rows], self.rows_B[rows], self.uniform_BL[rows], laws, self.prior_YLV, self.passes,
         )  # fmt: skip
 
     def draw(
@@ -94,9 +90,9 @@ class Tape:
         own = self.codes_BL.gather(1, positions_Bm).unsqueeze(-1) == codes_BmK
         log_q = torch.zeros(codes_BmK.shape, device=own.device).masked_fill_(~own, -torch.inf)
         log_q = torch.where(source == UNIFORM, -torch.tensor(float(self.vocab_size)).log(), log_q)
-        if self.prior_BLV is not None:
+        if self.prior_YLV is not None:
             rows = torch.arange(len(self), device=own.device)[:, None, None]
-            log_q = torch.where(source == PRIOR, self.prior_BLV[rows, positions_Bm.unsqueeze(-1), codes_BmK].log(), log_q)
+            log_q = torch.where(source == PRIOR, self.prior(rows, positions_Bm.unsqueeze(-1), codes_BmK).log(), log_q)
         if self.laws is not None:
             log_q = torch.where(source >= 0, self.laws.log_prob(codes_BmK, self._index(source)), log_q)
         return log_q
@@ -107,11 +103,16 @@ class Tape:
         source = self.source_BL[row, positions_rm].unsqueeze(-1)
         q = torch.nn.functional.one_hot(self.codes_BL[row, positions_rm], self.vocab_size).float()
         q = torch.where(source == UNIFORM, 1.0 / self.vocab_size, q)
-        if self.prior_BLV is not None:
-            q = torch.where(source == PRIOR, self.prior_BLV[row, positions_rm], q)
+        if self.prior_YLV is not None:
+            q = torch.where(source == PRIOR, self.prior(row, positions_rm), q)
         if self.laws is not None:
             q = torch.where(source >= 0, self.laws.at(rows_r, self._index(source)).log_probs().exp(), q)
         return q
+
+    def prior(self, rows: Tensor, positions: Tensor, codes: Any = slice(None)) -> Tensor:
+        """Probabilities of the prior at the broadcast indices, of all codes by default; behind the end those of the last position."""
+        labels_B = self.request.labels_B
+        return self.prior_YLV[0 if labels_B is None else labels_B[rows], positions.clamp_max(self.length - 1), codes]
 
     def _index(self, source: Tensor) -> Tensor:
         return source.squeeze(-1).clamp(0, self.laws.lse_Bm.shape[1] - 1)
@@ -149,7 +150,7 @@ class Initialiser:
         """Codes and recorded laws for consecutive positions from ``start_B1`` on."""
         if self.name == "prior":
             rows = torch.arange(len(tape), device=positions.device)[:, None]
-            return tape.draw(tape.prior_BLV[rows, positions].log(), positions, self.purpose), torch.full_like(positions, PRIOR)
+            return tape.draw(tape.prior(rows, positions).log(), positions, self.purpose), torch.full_like(positions, PRIOR)
         if self.name == "left_law" and tape.laws is not None:
             last = tape.laws.lse_Bm.shape[1] - 1
             law = tape.laws.log_probs()[:, -1:].expand(-1, positions.shape[1], -1)
