@@ -117,6 +117,12 @@ def test_every_mode_runs_and_says_what_it_promises(place, mode):
     assert (values(record)["acceptance"] is None) == (mode == "zipar"), "no draft is tested there"
 
 
+def test_where_no_draft_is_tested_there_is_no_acceptance(place):
+    record = tiny("--mode", "zipar")
+    assert record["cost"]["verify"]["acceptance_map"] == [[None] * 4] * 4
+    assert "by place" not in invoke("speculate", "--model", "teacher", "--num", 3, "--mode", "zipar").stdout
+
+
 def test_lantern_takes_a_tree_of_a_draft_model_too(place):
     record = tiny("--mode", "lantern", "--draft-model", "teacher", "--branches", "2,1", "--delta", 0.25)
     assert record["stack"]["verify"]["exactness"] == "bounded(0.25)" and record["cost"]["draft_passes_per_batch"] > 0

@@ -121,3 +121,16 @@ def test_extreme_values_still_give_a_report(record):
     report = html.build_report(records)
     Page(html.render_html(report))
     assert html.render_png(report).startswith(b"\x89PNG")
+
+
+def test_a_paired_run_shows_both_grids_its_passes_and_one_run(tmp_path, paired):
+    for name in ("grid.png", "grid-ar.png"):
+        save_png(np.full((8, 8, 3), len(name), np.uint8), tmp_path / name)
+    artifacts = [{"path": "grid.png", "kind": "grid"}, {"path": "grid-ar.png", "kind": "plain-grid"}]
+    report = html.build_report([paired(artifacts=artifacts, run_dir=str(tmp_path))])
+    assert {label: grid.pixels[0, 0, 0] for label, grid in report.grids.items()} == {"llamagen": 11, "llamagen mc": 8}
+    text = html.render_html(report)
+    page = Page(text)
+    assert [value for _, key, value in page.attributes if key == "id"] == ["samples", "metrics", "decoding", "runs", "notes"]
+    assert text.count("<details>") == 1 and "1.40x [1.30, 1.50]" in page.text and "exact" in page.text
+    assert html.render_png(report).startswith(b"\x89PNG")

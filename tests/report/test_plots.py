@@ -85,3 +85,37 @@ def test_svg_depends_on_the_content_only(record):
     stacks = stacks_of(record(fid=5.0, ms=40.0), record("dd1", fid=9.0, ms=2.0))
     with plots.theme():
         assert plots.to_svg(plots.quality_latency(stacks)) == plots.to_svg(plots.quality_latency(stacks))
+
+
+def test_tokens_a_pass_and_acceptance_are_drawn_for_every_mode(paired):
+    stacks = stacks_of(paired(), paired("zipar", exactness="lossy", cost=paired()["cost"] | {"verify": {"committed": {"2": 5}}}))
+    with plots.theme():
+        figure = plots.decoding(stacks)
+        plots.to_png(figure)
+    bars = [axes for axes in figure.axes if axes.patches]
+    assert [[bar.get_height() for bar in axes.patches] for axes in bars] == [[75.0, 25.0], [100.0]]
+    assert [[bar.get_x() + bar.get_width() / 2 for bar in axes.patches] for axes in bars] == [[1, 3], [2]]
+    titles = [axes.get_title(loc="left") for axes in bars]
+    assert titles[0] == "llamagen mc\nexact, 1.50 tokens a pass, speed-up 1.40x [1.30, 1.50]" and "lossy" in titles[1]
+    assert len([axes for axes in figure.axes if axes.images]) == 1, "no draft was tested by zipar"
+    assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 9
+
+
+def test_acceptance_keeps_the_place_in_the_image(paired):
+    mode = stacks_of(paired())[1]
+    np.testing.assert_array_equal(plots.acceptance_map(mode), [[0.25, 1.0], [0.5, np.nan]])
+
+
+@pytest.mark.parametrize("rates", [None, [], [[]], [[None, None]], [[0.5], [0.5, 0.5]], [0.5], "x"])
+def test_a_map_that_is_none_is_not_drawn(paired, rates):
+    one = paired()
+    one["cost"]["verify"]["acceptance_map"] = rates
+    mode = stacks_of(one)[1]
+    assert plots.acceptance_map(mode) is None and plots.decoding([mode]) is not None
+
+
+def test_the_one_picture_has_the_passes_of_a_mode(paired):
+    with plots.theme():
+        plain = plots.overview(stacks_of(paired())[:1], {}, "title")
+        both = plots.overview(stacks_of(paired()), {}, "title")
+    assert len(plain.findobj(plots.Axes)) == 0 and len(both.findobj(plots.Axes)) == 3

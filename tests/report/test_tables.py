@@ -207,3 +207,60 @@ def test_summary_of_a_record_without_metrics_makes_no_claim(record):
 def test_a_malformed_record_is_an_input_error_that_names_its_source(bad):
     with pytest.raises(InputError, match="the source"):
         tables.check_record(bad, "the source")
+
+
+# -- a mode of the verify family beside plain sampling -----------------------------------------------------------------------
+
+
+def test_a_paired_record_is_a_row_of_plain_sampling_and_one_of_the_mode(paired):
+    table = table_of(paired())
+    assert [(stack.label, stack.role, stack.exactness) for stack in table.stacks] == [
+        ("llamagen", "teacher", None), ("llamagen mc", "accelerated", "exact"),
+    ]  # fmt: skip
+    titles = [title for title, _ in table.headings]
+    cells = dict(zip(titles, table.rows[1], strict=True))
+    assert cells["Exactness"].text == "exact" and cells["Passes"].text == "2.7" and cells["Tokens/pass"].text == "1.5"
+    assert cells["Speed-up"].text == "1.40x [1.30, 1.50]" and cells["Speed-up"].value == 1.4, "as measured in turn, not 30 / 20"
+    assert cells["ms/image"].value == 20.0 and table.rows[0][titles.index("ms/image")].value == pytest.approx(30.0)
+    assert {"Accepted drafts", "Passes with a single token"} < set(titles)
+    assert not {"passes", "tokens_per_pass", "latency_ms", "ar_latency_ms", "speedup"} & set(titles), "said twice"
+
+
+def test_modes_against_one_plain_sampler_share_its_row(paired):
+    table = table_of(paired(), paired("gsd", exactness="lossy"), paired("lantern", exactness="bounded(0.1)"))
+    assert [stack.label for stack in table.stacks] == ["llamagen", "llamagen mc", "llamagen gsd", "llamagen lantern"]
+    notes = "\n".join(text for _, text in table.footnotes)
+    assert "follow another one" in notes and "plain sampling of the same images in turn" in notes
+
+
+def test_without_an_interval_the_speedup_stands_alone(paired):
+    one = paired()
+    one["metrics"][-1]["ci95"] = None
+    assert tables.speedup_text(tables.collect([one])[1]) == "1.40x"
+
+
+def test_a_benchmark_of_the_same_mode_gives_the_time_and_the_speedup(paired, record):
+    plain, mode = paired()["plain"]["stack"], paired()["stack"]
+    bench = [record("llamagen", ms=40.0, command="bench", stack=plain), record("llamagen mc", ms=16.0, command="bench", stack=mode)]
+    teacher, fast = tables.collect([paired(), *bench])
+    assert (teacher.ms_per_image, fast.ms_per_image, tables.speedup(fast, teacher)) == (40.0, 16.0, pytest.approx(2.5))
+    assert fast.paired_speedup is None and fast.decoding is not None
+
+
+def test_exactness_and_the_interval_are_in_the_csv(paired):
+    plain, mode = csv.DictReader(io.StringIO(tables.to_csv(table_of(paired()))))
+    assert (mode["exactness"], mode["speedup"], mode["speedup low"], mode["speedup high"]) == ("exact", "1.4", "1.3", "1.5")
+    assert (plain["exactness"], plain["speedup"], plain["speedup low"]) == ("", "", "")
+
+
+def test_pictures_of_plain_sampling_belong_to_its_part(paired):
+    artifacts = [{"path": "grid.png", "kind": "grid"}, {"path": "grid-ar.png", "kind": "plain-grid"}]
+    plain, mode = tables.split_pair(paired(artifacts=artifacts))
+    assert plain["artifacts"] == [{"path": "grid-ar.png", "kind": "grid"}] and mode["artifacts"] == artifacts[:1]
+    assert plain["part_of"] == mode["id"] and "id" not in plain
+
+
+@pytest.mark.parametrize("plain", [3, {"cost": {"latency_ms": 4}}, {"stack": []}, {"other": 1}])
+def test_a_malformed_plain_part_is_an_input_error(paired, plain):
+    with pytest.raises(InputError, match="plain"):
+        tables.check_record(paired(plain=plain), "the source")
