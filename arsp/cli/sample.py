@@ -62,7 +62,7 @@ def sample(
     num: Annotated[Optional[int], typer.Option(help="Images [default: 8]")] = None,
     classes: Annotated[Optional[list[str]], typer.Option("--class", help="Class id or name; may be repeated, used in turn")] = None,
     list_classes: Annotated[bool, typer.Option("--list-classes", help="Print the classes of the model and stop")] = False,
-    sampler: Annotated[Optional[str], typer.Option(help="How a teacher's codes are drawn [default: ar]")] = None,
+    sampler: Annotated[Optional[str], typer.Option(help="How a teacher draws codes: ar (default), or a mode of arsp speculate")] = None,
     rng: Annotated[Optional[str], typer.Option(help="keyed (default) or torch (the official multinomial stream)")] = None,
     cfg: Annotated[Optional[float], typer.Option(help="Guidance scale; off: 1 or less, of a next-scale model 0")] = None,
     cfg_interval: Annotated[Optional[int], typer.Option(help="Guide only the first codes, official counting; -1: all")] = None,
