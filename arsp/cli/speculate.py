@@ -81,7 +81,7 @@ def speculate(
     ] = None,
     init: Annotated[
         Optional[str],
-        typer.Option(help="First guesses: random_uniform (default), random_onehot, repeat_left, repeat_above, prior, left_law"),
+        typer.Option(help="First guesses: random_uniform (default), random_onehot, repeat_left, repeat_above, prior, left_law, ngram"),
     ] = None,
     draft_model: Annotated[Optional[str], typer.Option(help="Smaller model of the same tokenizer that makes the drafts")] = None,
     coupling: Annotated[Optional[str], typer.Option(help="Of redrawn drafts: maximal (default) or gumbel (mc)")] = None,

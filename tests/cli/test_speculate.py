@@ -235,12 +235,13 @@ def test_a_dry_run_settles_the_options_and_reads_nothing(place, monkeypatch):
     assert not (place / "runs").exists()
 
 
-def test_every_mode_and_option_of_a_mode_is_in_the_help():
+def test_every_mode_initialiser_and_option_is_in_the_help():
+    from arsp.decode.drafts import INITIALISERS
     from arsp.decode.modes import VerifyConfig
 
     text = CliRunner().invoke(app, ["speculate", "--help"], terminal_width=200).stdout
     words = {word.strip(".,:;│") for word in text.split()}
-    missing = [name for name in MODES if name not in words]
+    missing = [name for name in (*MODES, *INITIALISERS) if name not in words]
     missing += [name for name in VerifyConfig.model_fields if f"--{name.replace('_', '-')}" not in words]
     assert not missing, f"not in the help: {missing}"
 
