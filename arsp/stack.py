@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from arsp.config import StrictModel
 from arsp.decode.baselines import MarginalGenerator, SkipGenerator, class_frequencies, parse_baseline
+from arsp.decode.drafts import NGrams
 from arsp.decode.few_step import (
     FewStep,
     OfficialPrefixPolicy,
@@ -36,6 +38,7 @@ from arsp.errors import ConfigError, InputError
 from arsp.protocols import Generation, Generator, Request
 from arsp.registry import Registry
 from arsp.rng import Purpose, keyed_labels
+from arsp.runs import atomic_file, check_stop
 from arsp.tokenizers.fast_decode import PixelDecoder, prepare_decoder
 from arsp.tokenizers.pixels import resize_for_evaluation, to_uint8
 from arsp.zoo.load import LoadedModel, ModelSource, cache_root, load_model, resolve
@@ -330,6 +333,8 @@ def _mode(config: StackConfig, model: LoadedModel, decoder: Any, pipeline: Logit
         parts.draft = draft.decoder(decoder.guidance)
     if options.init == "prior":
         parts.prior_YLV = _frequencies(model, decoder, pipeline, SAMPLERS.get("ar")(decoder, pipeline, "keyed"), log)
+    if options.init == "ngram":
+        parts.ngrams = _ngrams(model, decoder, pipeline, SAMPLERS.get("ar")(decoder, pipeline, "keyed"), log)
     if options.window == "auto":
 
         def plan(request: Request) -> WindowPlanner:
@@ -516,6 +521,28 @@ def _frequencies(model: LoadedModel, decoder: Any, pipeline: LogitsPipeline, ar:
         return class_frequencies(ar, decoder.layout, num_classes, decoder.vocab_size, num=num, seed=1_000_003, cache=cache, device=device)
     except SafetensorError as error:
         raise InputError(f"the stored code frequencies {cache} cannot be read: {error}", f"Delete {cache} to count them again.") from error
+
+
+def _ngrams(model: LoadedModel, decoder: Any, pipeline: LogitsPipeline, ar: Generator, log: Callable[[str], None]) -> NGrams:
+    """What the teacher writes behind three codes, counted once over 10 000 of its samples, classes in turn, and kept."""
+    num = 10_000
+    cache = cache_root() / "ngrams" / f"{_digest(f'{model.sha256}-{decoder.guidance}-{pipeline}-{num}-{NGrams.order}')}.safetensors"
+    if not cache.is_file():
+        log(f"counting runs of codes over {num} samples of {model.name} (kept in {cache})")
+        parts = []
+        for ids in torch.arange(num, device=model.device).split(500):
+            check_stop()
+            labels = ids % max(1, model.source.config.get("num_classes", 0))
+            parts.append(ar.generate(Request(ids, 1_000_003, labels_B=labels)).codes_BL.cpu())
+        found = NGrams.count(torch.cat(parts), decoder.vocab_size)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(cache) as temporary:
+            save_file({"keys": found.keys_N, "codes": found.codes_N.contiguous()}, temporary)
+    try:
+        stored = load_file(cache, device=str(model.device))
+    except SafetensorError as error:
+        raise InputError(f"the stored runs of codes {cache} cannot be read: {error}", f"Delete {cache} to count them again.") from error
+    return NGrams(stored["keys"], stored["codes"], decoder.vocab_size)
 
 
 def _digest(text: str) -> str:

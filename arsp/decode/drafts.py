@@ -27,6 +27,7 @@ INITIALISERS = {  # name -> the law it records
     "repeat_above": "one-hot; the first row is random, 1/V",
     "prior": "code frequencies of the teacher by class and position",
     "left_law": "the law of the last position that has one; at the start 1/V",
+    "ngram": "one-hot where samples of the teacher went on from the last three codes; else what a draft has already, or 1/V",
 }
 
 
@@ -127,13 +128,18 @@ class Initialiser:
     """First guesses for positions that no pass has looked at. ``purpose``: with the noise of the draw that has to be met (TOKEN) a guess
     from a law near the truth is most often right; a rule that tests drafts needs noise of its own (INIT)."""
 
-    def __init__(self, name: str, width: int, purpose: Purpose = Purpose.INIT):
+    def __init__(self, name: str, width: int, purpose: Purpose = Purpose.INIT, ngrams: NGrams | None = None):
         if name not in INITIALISERS:
             raise ConfigError(f"--init {name}: unknown initialiser.", nearest(name, INITIALISERS))
-        self.name, self.width, self.purpose = name, width, purpose
+        self.name, self.width, self.purpose, self.ngrams = name, width, purpose, ngrams
 
     def fill(self, tape: Tape, stop_B: Tensor) -> None:
         """Drafts for positions ``drafted_B .. stop_B - 1``, and the laws they have."""
+        self._fill_new(tape, stop_B)
+        if self.name == "ngram":
+            self.ngrams.fill(tape, stop_B)
+
+    def _fill_new(self, tape: Tape, stop_B: Tensor) -> None:
         start_B = torch.maximum(tape.drafted_B, tape.known_B)
         num = int((stop_B - start_B).max())
         if num <= 0:
@@ -177,6 +183,52 @@ class Initialiser:
         origin = origin.clamp_min(0)
         codes = torch.where(random, self._random(tape, origin), tape.codes_BL.gather(1, origin))
         return codes, torch.where(random & (origin == positions), UNIFORM, ONE_HOT)
+
+
+@dataclass(frozen=True)
+class NGrams:
+    """The most frequent code behind every run of ``order`` codes at every position, as counted in sampled sequences."""
+
+    keys_N: Tensor  # int64, sorted
+    codes_N: Tensor
+    vocab_size: int
+    order = 3
+
+    @staticmethod
+    def count(codes_ML: Tensor, vocab_size: int) -> NGrams:
+        """Of M sequences; the smallest code where two are equally frequent."""
+        base, length = vocab_size + 1, codes_ML.shape[1]
+        padded = torch.nn.functional.pad(codes_ML, (NGrams.order, 0), value=vocab_size)
+        keys = torch.arange(length).expand(codes_ML.shape)
+        for back in range(NGrams.order, 0, -1):
+            keys = keys * base + padded[:, NGrams.order - back : NGrams.order - back + length]
+        pairs, counts = torch.stack((keys.flatten(), codes_ML.flatten())).unique(dim=1, return_counts=True)
+        by_count = torch.sort(counts, descending=True, stable=True).indices
+        keys, codes = pairs[:, by_count]
+        keys, by_key = torch.sort(keys, stable=True)
+        first = torch.ones_like(keys, dtype=torch.bool)
+        first[1:] = keys[1:] != keys[:-1]
+        return NGrams(keys[first], codes[by_key][first], vocab_size)
+
+    def fill(self, tape: Tape, stop_B: Tensor) -> None:
+        """Draft positions ``known_B .. stop_B - 1`` anew, one behind another, where the run before them was seen."""
+        num = int((stop_B - tape.known_B).max())
+        base, keys = self.vocab_size + 1, self.keys_N.to(stop_B.device)
+        back = tape.known_B[:, None] + torch.arange(-self.order, 0, device=stop_B.device)
+        run = torch.where(back >= 0, tape.codes_BL.gather(1, back.clamp_min(0)), self.vocab_size)
+        run_B = (run * base ** torch.arange(self.order - 1, -1, -1, device=stop_B.device)).sum(1)
+        codes, source = tape.codes_BL.clone(), tape.source_BL.clone()
+        rows = torch.arange(len(tape), device=stop_B.device)
+        for step in range(num):
+            at = (tape.known_B + step).clamp_max(codes.shape[1] - 1)
+            key = run_B + at * base**self.order
+            index = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)
+            seen = (keys[index] == key) & (at < stop_B)
+            code = torch.where(seen, self.codes_N[index], codes[rows, at])
+            codes[rows, at] = code
+            source[rows, at] = torch.where(seen, ONE_HOT, source[rows, at])
+            run_B = (run_B * base + code) % base**self.order
+        tape.codes_BL, tape.source_BL = codes, source
 
 
 class DraftModel:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arsp.config import StrictModel
 from arsp.decode.accept import ExactRule, GroupRule, LanternRule
-from arsp.decode.drafts import INITIALISERS, DraftModel, Initialiser
+from arsp.decode.drafts import INITIALISERS, DraftModel, Initialiser, NGrams
 from arsp.decode.filters import LogitsPipeline
 from arsp.decode.jacobi import Chain, JacobiGenerator, Redraw
 from arsp.decode.trees import DraftTree, LanternTree, Proactive, Sequential, TreeShape, WithoutReplacement
@@ -51,6 +51,7 @@ class Parts:
     embedding_VC: Tensor | None = None
     draft: Decoder | None = None
     prior_YLV: Tensor | None = None
+    ngrams: NGrams | None = None
     planner: Callable[[Any], Any] | None = None  # request -> WindowPlanner, of window auto
 
 
@@ -71,7 +72,11 @@ class Mode:
 def _drafter(parts: Parts, options: VerifyConfig, purpose: Purpose) -> Any:
     if parts.draft is not None:
         return DraftModel(parts.draft, parts.pipeline, Purpose.TOKEN if purpose == Purpose.TOKEN else Purpose.DRAFT)
-    return Initialiser(options.init, parts.decoder.layout.grid[1], purpose)
+    return _initialiser(parts, options, purpose)
+
+
+def _initialiser(parts: Parts, options: VerifyConfig, purpose: Purpose = Purpose.INIT) -> Initialiser:
+    return Initialiser(options.init, parts.decoder.layout.grid[1], purpose, parts.ngrams)
 
 
 def _chain(rule: Callable[[Parts, VerifyConfig], Any], redraw: Callable[[VerifyConfig], Redraw]) -> Callable[[Parts, VerifyConfig], Chain]:
@@ -94,8 +99,7 @@ def _lantern(parts: Parts, options: VerifyConfig) -> Any:
     lenders, tree = options.near, parts.draft is not None
     near = CodebookGeometry(parts.codebook_VE).nearest(lenders + tree).to(parts.codebook_VE.device)
     if not tree:
-        initialiser = Initialiser(options.init, parts.decoder.layout.grid[1])
-        return Chain(parts.pipeline, initialiser, LanternRule(near, options.delta), Redraw(), parts.prior_YLV)
+        return Chain(parts.pipeline, _initialiser(parts, options), LanternRule(near, options.delta), Redraw(), parts.prior_YLV)
     return DraftTree(parts.pipeline, parts.draft, _branching(options), LanternTree(near, options.delta, lenders), replace=False)
 
 
@@ -104,9 +108,8 @@ def _branching(options: VerifyConfig) -> TreeShape:
 
 
 def _pac(parts: Parts, options: VerifyConfig) -> Proactive:
-    initialiser = Initialiser(options.init, parts.decoder.layout.grid[1])
     window = min(options.window, parts.decoder.layout.num_tokens - 1)
-    return Proactive(parts.pipeline, window, initialiser, options.width, options.levels, parts.prior_YLV)
+    return Proactive(parts.pipeline, window, _initialiser(parts, options), options.width, options.levels, parts.prior_YLV)
 
 
 def _kseq(parts: Parts, options: VerifyConfig) -> DraftTree:
