@@ -130,6 +130,8 @@ class Chain:
         """
         length, device = tape.length, tape.codes_BL.device
         m = min(window, length - 1 - int(tape.known_B.min()))
+        if m == 0:
+            return self._plain(decoder, state, tape)
         base_B = tape.known_B.clamp_max(length - 1 - m)
         self.drafter.fill(tape, base_B + m)
         offsets = torch.arange(m + 1, device=device)
@@ -140,7 +142,7 @@ class Chain:
             law, drawn, _ = self.pipeline.verify(logits, drafts, tape.request.seed, tape.ids_B, positions, Purpose.TOKEN)
             same, new, recorded = drawn == drafts, drawn, None
         else:
-            stream = self.redraw.stream(tape) if self.redraw is not None else tape.passes + 1
+            stream = self._stream(tape)
             law, drawn, log_p = self.pipeline.verify(logits, drafts, tape.request.seed, tape.ids_B, positions, Purpose.DRAFT, stream)
             ratio = self.rule.ratio(law, log_p, tape, positions, drafts)
             same = tape.uniform_BL.gather(1, positions) < ratio
@@ -157,6 +159,22 @@ class Chain:
         tape.laws, tape.known_B, tape.drafted_B = recorded, base_B + last_B + 1, base_B + m + 1
         tape.passes += 1
         return advance
+
+    def _stream(self, tape: Tape) -> int:
+        return tape.passes + 1 if self.redraw is None else self.redraw.stream(tape)
+
+    def _plain(self, decoder: Decoder, state: Any, tape: Tape) -> Advance:
+        """A pass without drafts: every row draws its next code, with the noise that it would have as the bonus of a wider pass."""
+        place = tape.known_B[:, None]
+        logits = feed(decoder, state, tape, tape.known_B, 0)
+        purpose, stream = (Purpose.TOKEN, 0) if self.rule is None else (Purpose.DRAFT, self._stream(tape))
+        drawn = self.pipeline.verify(logits, torch.full_like(place, -1), tape.request.seed, tape.ids_B, place, purpose, stream)[1]
+        tape.codes_BL = tape.codes_BL.scatter(1, place, drawn)
+        tape.laws, tape.known_B = None, tape.known_B + 1
+        tape.drafted_B = tape.known_B
+        tape.passes += 1
+        none = torch.zeros_like(tape.known_B)
+        return Advance(none, none)
 
     def _replace(self, law: Law, drawn: Tensor, tape: Tape, positions: Tensor, last_B: Tensor, new: Tensor, m: int) -> Tensor:
         """``new`` with the code that each row commits behind its last accepted draft: from the residual, or the bonus."""
@@ -176,7 +194,8 @@ def feed(decoder: Decoder, state: Any, tape: Tape, base_B: Tensor, num: int) -> 
     offsets = torch.arange(num, device=base_B.device)
     if tape.passes == 0:
         return decoder.step(state, tape.codes_BL[:, :num] if num else None)
-    decoder.rewind(state, base_B - 1)
+    if not torch.equal(state.lengths_B, base_B - 1):
+        decoder.rewind(state, base_B - 1)
     first = base_B[:, None] - 1
     return decoder.step(state, tape.codes_BL.gather(1, torch.cat((first, first + 1 + offsets), dim=1)))
 
@@ -193,6 +212,9 @@ class Statistics:
     state_bytes: int = 0
 
     def add(self, before_B: Tensor, tape: Tape, advance: Advance) -> None:
+        if not bool(advance.tested_B.any()):
+            self.count(len(tape), 1)
+            return
         committed = tape.known_B - before_B
         for number, count in zip(*(x.tolist() for x in committed.unique(return_counts=True)), strict=True):
             self.histogram[number] = self.histogram.get(number, 0) + count

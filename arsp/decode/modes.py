@@ -100,7 +100,7 @@ def _lantern(parts: Parts, options: VerifyConfig) -> Any:
     near = CodebookGeometry(parts.codebook_VE).nearest(lenders + tree).to(parts.codebook_VE.device)
     if not tree:
         return Chain(parts.pipeline, _initialiser(parts, options), LanternRule(near, options.delta), Redraw(), parts.prior_YLV)
-    return DraftTree(parts.pipeline, parts.draft, _branching(options), LanternTree(near, options.delta, lenders), replace=False)
+    return DraftTree(parts.pipeline, parts.draft, _branching(options), LanternTree(near, options.delta, lenders))
 
 
 def _branching(options: VerifyConfig) -> TreeShape:
@@ -114,11 +114,11 @@ def _pac(parts: Parts, options: VerifyConfig) -> Proactive:
 
 def _kseq(parts: Parts, options: VerifyConfig) -> DraftTree:
     window = min(options.window, parts.decoder.layout.num_tokens - 1)
-    return DraftTree(parts.pipeline, parts.draft, TreeShape.chains(options.width, window), Sequential(), replace=True)
+    return DraftTree(parts.pipeline, parts.draft, TreeShape.chains(options.width, window), Sequential())
 
 
 def _rsd(parts: Parts, options: VerifyConfig) -> DraftTree:
-    return DraftTree(parts.pipeline, parts.draft, _branching(options), WithoutReplacement(), replace=False)
+    return DraftTree(parts.pipeline, parts.draft, _branching(options), WithoutReplacement())
 
 
 def _fresh(options: VerifyConfig) -> Redraw:

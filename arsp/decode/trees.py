@@ -127,7 +127,7 @@ def feed_tree(decoder: Decoder, state: Any, tape: Tape, shape: TreeShape, codes_
 class WithoutReplacement:
     """Recursive rejection: siblings drawn without replacement from q are tried in turn, each against what the former have left over."""
 
-    exactness = "exact"
+    exactness, siblings = "exact", "without"
 
     def choose(self, p_BV: Tensor, q_BV: Tensor, codes_BK: Tensor, valid_BK: Tensor, uniform_BK: Tensor) -> tuple[Tensor, Tensor]:
         """Index of the accepted sibling (-1: none) and the law ``(B, V)`` of the code otherwise."""
@@ -148,7 +148,7 @@ class WithoutReplacement:
 class Sequential:
     """k-sequential selection of SpecTr (arXiv 2310.15141): independent siblings, each accepted with probability min(1, p / (rho q))."""
 
-    exactness = "exact"
+    exactness, siblings = "exact", "independent"
 
     def choose(self, p_BV: Tensor, q_BV: Tensor, codes_BK: Tensor, valid_BK: Tensor, uniform_BK: Tensor) -> tuple[Tensor, Tensor]:
         num = valid_BK.sum(1, keepdim=True).double()
@@ -178,10 +178,12 @@ class Sequential:
 
 class LanternTree(LanternRule):
     """The dynamic-tree rule of LANTERN: a sibling is accepted with its relaxed probability; a rejected one is removed, with its K nearest
-    codes where any of them lent. ``lenders``: how many of the K may.
+    codes where any of them lent. ``lenders``: how many of the K may. Siblings are the drafter's likeliest codes, not draws.
 
     note: the release removes one more than may lend.
     """
+
+    siblings = "top"
 
     def __init__(self, nearest_VK: Tensor, bound: float, lenders: int):
         super().__init__(nearest_VK, bound)
@@ -271,24 +273,24 @@ def commit(states: Sequence[tuple[Decoder, Any]], tape: Tape, shape: TreeShape, 
     return Advance(tested, done.count_B)
 
 
-def siblings(log_q_BV: Tensor, num: int, seed: int, ids_B: Tensor, positions_B: Tensor, stream: int, *, replace: bool) -> Tensor:
-    """``num`` codes a row, ``(B, num)``, independent or without replacement (-1 where q runs out of codes)."""
+def siblings(log_q_BV: Tensor, num: int, seed: int, ids_B: Tensor, positions_B: Tensor, stream: int, how: str = "without") -> Tensor:
+    """``num`` codes a row, ``(B, num)``: drawn ``independent``, ``without`` replacement, or the ``top`` ones; -1 where q runs out of codes."""
     V = log_q_BV.shape[-1]
-    if replace:
+    if how == "independent":
         noise = torch.stack([keyed_gumbel(seed, ids_B, positions_B, V, Purpose.SIBLING, stream * num + i) for i in range(num)], 1)
         return (log_q_BV[:, None] + noise).argmax(-1)
-    noisy = log_q_BV + keyed_gumbel(seed, ids_B, positions_B, V, Purpose.SIBLING, stream)
+    noisy = log_q_BV if how == "top" else log_q_BV + keyed_gumbel(seed, ids_B, positions_B, V, Purpose.SIBLING, stream)
     best = noisy.topk(min(num, V), dim=-1)
     codes = torch.where(best.values > -torch.inf, best.indices, -1)
     return torch.nn.functional.pad(codes, (0, num - codes.shape[1]), value=-1)
 
 
 class DraftTree:
-    """A smaller model with the same codes draws a tree level by level; ``rule`` and ``replace`` (siblings independent or without
-    replacement) belong together: :class:`Sequential` and chains, :class:`WithoutReplacement` and any shape, :class:`LanternTree`."""
+    """A smaller model with the same codes draws a tree level by level. The rule says how siblings have to be drawn (``rule.siblings``):
+    independently (:class:`Sequential`, on chains), without replacement (:class:`WithoutReplacement`), the best (:class:`LanternTree`)."""
 
-    def __init__(self, pipeline: LogitsPipeline, decoder: Decoder, shape: TreeShape, rule: Any, *, replace: bool):
-        self.pipeline, self.decoder, self.shape, self.rule, self.replace = pipeline, decoder, shape, rule, replace
+    def __init__(self, pipeline: LogitsPipeline, decoder: Decoder, shape: TreeShape, rule: Any):
+        self.pipeline, self.decoder, self.shape, self.rule = pipeline, decoder, shape, rule
         self.exactness, self.slots, self.state, self.draft_passes = rule.exactness, len(shape.parents), None, 0
 
     def begin(self, request: Request, length: int, vocab_size: int) -> Tape:
@@ -304,7 +306,9 @@ class DraftTree:
         logits = feed_tree(decoder, state, tape, self.shape, codes.clamp_min(0))
         law = self.pipeline.law(logits)
         every = torch.arange(len(tape), device=codes.device)
-        done = walk(self.rule, self.shape, law, codes, lambda at, depth: q[every, at], tape, equal_paths=self.replace)
+        done = walk(
+            self.rule, self.shape, law, codes, lambda at, depth: q[every, at], tape, equal_paths=self.rule.siblings == "independent"
+        )
         return commit([(decoder, state), (self.decoder, self.state)], tape, self.shape, codes, done)
 
     def _draw(self, tape: Tape) -> tuple[Tensor, Tensor]:
@@ -321,7 +325,7 @@ class DraftTree:
                     stream = tape.passes * (1 + len(shape.parents)) + parent + 1
                     at = tape.known_B + depth - 1
                     drawn = siblings(
-                        log_q[:, parent + 1], len(children), tape.request.seed, tape.ids_B, at, stream, replace=self.replace
+                        log_q[:, parent + 1], len(children), tape.request.seed, tape.ids_B, at, stream, self.rule.siblings
                     )  # fmt: skip
                     codes[:, children] = drawn
             level = shape.level(depth)
@@ -396,5 +400,5 @@ class Proactive:
                 if len(others) < len(children):
                     q = q.scatter(1, codes[:, children[0]][:, None], 0.0)
                 stream = tape.passes * (1 + len(shape.parents)) + parent + 1
-                codes[:, others] = siblings(q.log(), len(others), tape.request.seed, tape.ids_B, at, stream, replace=False)
+                codes[:, others] = siblings(q.log(), len(others), tape.request.seed, tape.ids_B, at, stream)
         return codes

@@ -16,6 +16,7 @@ from scipy import stats
 from torch import Tensor
 
 from arsp.decode.ar import ARGenerator, Callback
+from arsp.decode.drafts import NGrams
 from arsp.decode.filters import LogitsPipeline
 from arsp.decode.modes import MODES, Parts, VerifyConfig, build_mode, settle
 from arsp.distill.flow import FlowSettings, keyed_noise, prepare_codebook, sample_through_map
@@ -160,6 +161,9 @@ def mode_generator(name: str, decoder: TabularDecoder, pipeline: LogitsPipeline 
     codebook_VE = _codebook(decoder.vocab_size) if decoder.codebook_VE is None else decoder.codebook_VE
     prior_YLV = (0.9 * torch.stack(decoder.marginals) + 0.1 / decoder.vocab_size).float()[None]
     parts = Parts(decoder, pipeline or LogitsPipeline(), codebook_VE, codebook_VE / 4, prior_YLV=prior_YLV)
+    if options.init == "ngram":
+        ids = torch.arange(2000)
+        parts.ngrams = NGrams.count(ARGenerator(decoder, parts.pipeline).generate(Request(ids, 77)).codes_BL, decoder.vocab_size)
     if options.draft_model:
         parts.draft = disturbed(decoder)
     return build_mode(name, parts, options)
