@@ -97,7 +97,7 @@ def speculate(
         typer.Option(help="Mass that a draft may borrow (lantern) [default: 0.1]; above 1 times its own (lantern++) [default: 2]"),
     ] = None,
     distance: Annotated[Optional[float], typer.Option(help="Squared embedding distance within a group (gsd) [default: 0.5]")] = None,
-    near: Annotated[Optional[int], typer.Option(help="Codes that may lend (lantern, lantern++) [default: 1000]")] = None,
+    near: Annotated[Optional[int], typer.Option(help="Codes that may lend (lantern, lantern++) [default: 1000, at most V/16]")] = None,
     num: Annotated[Optional[int], typer.Option(help="Images [default: 16]")] = None,
     classes: Annotated[Optional[list[str]], typer.Option("--class", help="Class id or name; may be repeated, used in turn")] = None,
     cfg: Annotated[Optional[float], typer.Option(help="Guidance scale; off: 1 or less")] = None,

@@ -38,7 +38,7 @@ class VerifyConfig(StrictModel):
         None, description="mass that a draft may borrow (lantern); above 1: lambda, it may grow to so many times its own (lantern++)"
     )
     distance: float | None = Field(None, gt=0, description="squared embedding distance within a group (gsd)")
-    near: int | None = Field(None, ge=1, description="codes that may lend (lantern, lantern++)")
+    near: int | None = Field(None, ge=1, description="codes that may lend: 1000, at most a sixteenth of all (lantern)")
 
 
 @dataclass
@@ -96,7 +96,8 @@ def _exact(parts: Parts, options: VerifyConfig) -> ExactRule:
 
 
 def _lantern(parts: Parts, options: VerifyConfig) -> Any:
-    lenders, tree = options.near, parts.draft is not None
+    tree = parts.draft is not None
+    lenders = options.near or max(1, min(1000, len(parts.codebook_VE) // 16))
     near = CodebookGeometry(parts.codebook_VE).nearest(lenders + tree).to(parts.codebook_VE.device)
     if not tree:
         return Chain(parts.pipeline, _initialiser(parts, options), LanternRule(near, options.delta), Redraw(), parts.prior_YLV)
@@ -151,9 +152,9 @@ MODES = {
              frozenset({"init", "draft_model", "distance"}), _START | {"distance": 0.5},
              _chain(lambda parts, options: GroupRule(parts.embedding_VC, e_distance=options.distance), _fresh)),
         Mode("lantern", "bounded(delta)", "drafts borrow probability of near codes (LANTERN, arXiv 2410.03355)",
-             frozenset({"init", "draft_model", "branches", "delta", "near"}), _START | {"delta": 0.1, "near": 1000}, _lantern),
+             frozenset({"init", "draft_model", "branches", "delta", "near"}), _START | {"delta": 0.1}, _lantern),
         Mode("lantern++", "bounded(delta)", "the same, relative to the draft's own probability (arXiv 2502.06352)",
-             frozenset({"init", "draft_model", "branches", "delta", "near"}), _START | {"delta": 2.0, "near": 1000}, _lantern),
+             frozenset({"init", "draft_model", "branches", "delta", "near"}), _START | {"delta": 2.0}, _lantern),
         Mode("reuse", "lossy", "likely drafts are kept as they are (after SJD++, arXiv 2512.07503)",
              frozenset({"init", "tau"}), _START | {"tau": 0.5}, _chain(_exact, lambda options: Redraw("reuse", tau=options.tau))),
         Mode("zipar", "lossy", "rows of the image in parallel (arXiv 2412.04062)",

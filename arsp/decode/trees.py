@@ -274,7 +274,7 @@ def commit(states: Sequence[tuple[Decoder, Any]], tape: Tape, shape: TreeShape, 
 
 
 def siblings(log_q_BV: Tensor, num: int, seed: int, ids_B: Tensor, positions_B: Tensor, stream: int, how: str = "without") -> Tensor:
-    """``num`` codes a row, ``(B, num)``: drawn ``independent``, ``without`` replacement, or the ``top`` ones; -1 where q runs out of codes."""
+    """``num`` codes a row, ``(B, num)``: ``independent`` draws, draws ``without`` replacement or the ``top`` ones; -1 where q runs out."""
     V = log_q_BV.shape[-1]
     if how == "independent":
         noise = torch.stack([keyed_gumbel(seed, ids_B, positions_B, V, Purpose.SIBLING, stream * num + i) for i in range(num)], 1)
