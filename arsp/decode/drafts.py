@@ -144,9 +144,9 @@ class Initialiser:
         num = int((stop_B - start_B).max())
         if num <= 0:
             return
-        positions = start_B[:, None] + torch.arange(num, device=stop_B.device)
-        wanted = positions < stop_B[:, None]
-        at = positions.clamp_max(tape.length - 1)
+        wanted = (start_B < stop_B)[:, None]
+        positions = torch.minimum(start_B[:, None] + torch.arange(num, device=stop_B.device), stop_B[:, None] - 1)
+        at = positions.clamp(0, tape.length - 1)  # a row that needs fewer makes its last one again
         codes, source = self._guess(tape, at, start_B[:, None])
         tape.codes_BL = tape.codes_BL.scatter(1, at, torch.where(wanted, codes, tape.codes_BL.gather(1, at)))
         tape.source_BL = tape.source_BL.scatter(1, at, torch.where(wanted, source, tape.source_BL.gather(1, at)))
