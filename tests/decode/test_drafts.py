@@ -1,4 +1,4 @@
-"""Drafts: what each initialiser guesses and the law it records, at row starts and in chains; draft models; the tape's two views of a law."""
+"""Drafts: what each initialiser guesses and which law it records, at row starts and in chains; draft models; the two views of a law."""
 
 import pytest
 import torch
