@@ -24,6 +24,7 @@ COMMANDS = {
     "bench cost": "arsp.cli.bench_cost:cost",
     "bench exact": "arsp.cli.bench_exact:exact",
     "bench kernels": "arsp.cli.bench:kernels",
+    "bench loop": "arsp.cli.bench_loop:loop",
     "report": "arsp.cli.report:report",
     "models ls": "arsp.cli.models:ls",
     "models info": "arsp.cli.models:info",

@@ -147,8 +147,7 @@ class Chain:
             ratio = self.rule.ratio(law, log_p, tape, positions, drafts)
             same = tape.uniform_BL.gather(1, positions) < ratio
             new, recorded = (drawn, None) if self.redraw is None else self.redraw(law, drawn, ratio, tape, positions)
-        stands = same[:, :m] | (positions[:, :m] < tape.known_B[:, None])
-        last_B = leading(stands)
+        last_B = self._stood(same[:, :m], positions[:, :m] < tape.known_B[:, None])
         if self.rule is not None:
             new = self._replace(law, drawn, tape, positions, last_B, new, m)
         codes = torch.where(offsets < last_B[:, None], drafts, new)
@@ -159,6 +158,10 @@ class Chain:
         tape.laws, tape.known_B, tape.drafted_B = recorded, base_B + last_B + 1, base_B + m + 1
         tape.passes += 1
         return advance
+
+    def _stood(self, passed_Bm: Tensor, known_Bm: Tensor) -> Tensor:
+        """How many codes of the window stand, those that were known before included."""
+        return leading(passed_Bm | known_Bm)
 
     def _stream(self, tape: Tape) -> int:
         return tape.passes + 1 if self.redraw is None else self.redraw.stream(tape)
