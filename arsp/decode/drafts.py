@@ -51,6 +51,7 @@ class Tape:
     laws: Law | None = None
     prior_YLV: Tensor | None = None  # probabilities by class, position and code; shared by all rows
     passes: int = 0
+    before: tuple[Tensor, Tensor] | None = None  # first position and log p of the last pass, for a redraw that compares
 
     @staticmethod
     def of(request: Request, length: int, vocab_size: int, prior_YLV: Tensor | None = None, spare: int = 0) -> Tape:
@@ -72,9 +73,10 @@ class Tape:
     def select(self, rows: Tensor) -> Tape:
         """The tape of these rows only."""
         laws = None if self.laws is None else self.laws.select(rows)
+        before = None if self.before is None else (self.before[0][rows], self.before[1][rows])
         return Tape(
             self.request.rows(rows), self.vocab_size, self.length, self.codes_BL[rows], self.known_B[rows], self.drafted_B[rows],
-            self.source_BL[rows], self.rows_B[rows], self.uniform_BL[rows], laws, self.prior_YLV, self.passes,
+            self.source_BL[rows], self.rows_B[rows], self.uniform_BL[rows], laws, self.prior_YLV, self.passes, before,
         )  # fmt: skip
 
     def draw(
@@ -121,7 +123,8 @@ class Tape:
     @property
     def state_bytes(self) -> int:
         """Bytes of one row kept between two passes, beside its codes and its cache."""
-        return 0 if self.laws is None else self.laws.bytes // len(self)
+        past = 0 if self.before is None else self.before[1].numel() * self.before[1].element_size()
+        return ((0 if self.laws is None else self.laws.bytes) + past) // len(self)
 
 
 class Initialiser:

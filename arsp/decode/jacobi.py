@@ -55,7 +55,6 @@ class Redraw:
 
     def __init__(self, name: str = "fresh", *, gain: float = 1.0, tau: float = 0.5):
         self.name, self.gain, self.tau = name, gain, tau
-        self.before: tuple[Tensor, Tensor] | None = None  # of "rising": the last pass's first position and log p
 
     def stream(self, tape: Tape) -> int:
         """Which noise the draws of this pass use."""
@@ -80,19 +79,16 @@ class Redraw:
     def _rising(self, law: Law, tape: Tape, positions_Bm: Tensor) -> tuple[Tensor, Law]:
         log_p = law.log_probs()
         past = log_p
-        if self.before is not None:
-            first_B, before = self.before
+        if tape.before is not None:
+            first_B, before = tape.before
             index = positions_Bm - first_B[:, None]
             seen = (index >= 0) & (index < before.shape[1])
             rows = torch.arange(len(tape), device=log_p.device)[:, None]
             past = torch.where(seen.unsqueeze(-1), before[rows, index.clamp(0, before.shape[1] - 1)], log_p)
         floor = torch.tensor(1e-9).log()
         weights = Law.of_weights(log_p + self.gain * (log_p - past.clamp_min(floor)).clamp_min(0).nan_to_num(0.0))
-        self.before = (positions_Bm[:, 0], log_p)
+        tape.before = (positions_Bm[:, 0], log_p)
         return tape.draw(weights.log_probs(), positions_Bm, Purpose.DRAFT, tape.passes + 1), weights
-
-    def select(self, rows: Tensor) -> None:
-        self.before = None if self.before is None else (self.before[0][rows], self.before[1][rows])
 
     @property
     def exactness(self) -> str:
@@ -112,16 +108,13 @@ class Chain:
         self.exactness, self.slots = exact[0] if exact else "exact", 0
 
     def begin(self, request: Request, length: int, vocab_size: int) -> Tape:
-        if self.redraw is not None:
-            self.redraw.before = None
         if hasattr(self.drafter, "begin"):
             self.drafter.begin(request)
         return Tape.of(request, length, vocab_size, self.prior)
 
     def select(self, rows: Tensor) -> None:
-        for part in (self.redraw, self.drafter):
-            if hasattr(part, "select"):
-                part.select(rows)
+        if hasattr(self.drafter, "select"):
+            self.drafter.select(rows)
 
     def advance(self, decoder: Decoder, state: Any, tape: Tape, window: int) -> Advance:
         """One pass over ``window`` drafts a row, fewer where the sequence ends.

@@ -134,7 +134,7 @@ class InStep(Chain):
         ).squeeze(-1)  # fmt: skip
         before, advance = tape.known_B, super().advance(decoder, state, tape, window)
         least = tape.known_B.view(-1, 2).min(1).values.repeat_interleave(2)
-        if self.against_old:
+        if self.against_old and m:
             accepted = (positions < (before + advance.accepted_B)[:, None]).unsqueeze(-1)
             tape.laws = Law.of_weights(torch.where(accepted, old.log(), tape.laws.log_probs()))
         tape.known_B = least
