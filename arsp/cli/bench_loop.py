@@ -69,8 +69,15 @@ def loop(
             raise ConfigError(f"--accepted: {max(config.accepted)} drafts cannot stand in a window of {config.window}.")
         config = config.model_copy(update={"accepted": {drafts: n for drafts, n in config.accepted.items() if drafts <= config.window}})
     from arsp import stack as stack_module
+    from arsp.decode.modes import MODES
     from arsp.runs import Run, stop_signals
 
+    chains = [name for name, mode in MODES.items() if "init" in mode.options and name != "pac"]
+    for name in config.modes:
+        if name not in chains:
+            raise ConfigError(
+                f"--mode {name}: the cost of the loop is measured for Jacobi drafts only.", f"Use one of: {', '.join(chains)}."
+            )
     recipes = [
         stack_module.StackConfig(
             model=config.model, sampler=mode, verify={"window": config.window}, random_weights=config.random_weights, cfg=config.cfg,
