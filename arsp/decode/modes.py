@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -126,6 +128,7 @@ def _fresh(options: VerifyConfig) -> Redraw:
     return Redraw()
 
 
+MOST_NODES = 256  # of a tree of drafts
 _START = {"window": 16, "init": "random_uniform"}
 _DRAFTED = {"window": 4}
 
@@ -186,6 +189,10 @@ def settle(name: str, given: VerifyConfig, layout: Layout) -> VerifyConfig:
     defaults = dict(mode.defaults)
     if given.draft_model is not None:
         defaults |= {"init": None} | ({"branches": "3,2,1,1", "window": None} if tree else {})
+    if defaults.get("window"):
+        defaults["window"] = min(defaults["window"], _room(mode, layout)[0])
+    if "branches" in defaults:  # on a small grid: the levels that there are drafts for
+        defaults["branches"] = ",".join(defaults["branches"].split(",")[: max(1, layout.num_tokens - 1)])
     options = given.model_copy(update={key: value for key, value in defaults.items() if getattr(given, key) is None})
     _check(mode, options, layout)
     return options
@@ -197,7 +204,7 @@ def _check(mode: Mode, options: VerifyConfig, layout: Layout) -> None:
             raise ConfigError("--window auto: it plans windows of Jacobi drafts only, and here a tree or a draft model costs time too.",
                               "Give a number.")  # fmt: skip
     elif options.window is not None:
-        most, unit = (layout.grid[1], "a row") if mode.name == "zipar" else (layout.num_tokens, "an image")
+        most, unit = _room(mode, layout)
         if not 1 <= options.window <= most:
             raise ConfigError(f"--window {options.window}: expected 1 to {most}, the codes of {unit}.",
                               "Give a number in this range, or auto.")  # fmt: skip
@@ -205,16 +212,30 @@ def _check(mode: Mode, options: VerifyConfig, layout: Layout) -> None:
         Initialiser(options.init, 1)
     if options.branches is not None:
         widths = [int(width) for width in options.branches.split(",")]
-        size = TreeShape.branching(widths) if 0 < max(widths) <= 16 and min(widths) > 0 and len(widths) <= 16 else None
-        if size is None or len(size.parents) > 256 or len(widths) >= layout.num_tokens:
+        if not 0 < _nodes(widths) <= MOST_NODES or max(widths) > 16 or len(widths) >= layout.num_tokens:
             raise ConfigError(
-                f"--branches {options.branches}: expected up to 16 levels of 1 to 16 drafts, 256 nodes in all.", "For example 3,2,1."
+                f"--branches {options.branches}: expected 1 to 16 drafts a level, fewer levels than codes, {MOST_NODES} nodes in all.",
+                "For example 3,2,1.",
             )
+    if options.levels is not None and _nodes([options.width] * (min(options.levels, options.window + 1) - 1)) > MOST_NODES:
+        raise ConfigError(
+            f"--width {options.width} --levels {options.levels}: the tree has more than {MOST_NODES} nodes.", "Make one of them smaller."
+        )
     if options.delta is not None:
         if not 0 < options.delta < float("inf"):
             raise ConfigError(f"--delta {options.delta}: not in (0, inf).", "Up to 1 it is LANTERN's delta, above 1 LANTERN++'s lambda.")
         if mode.name == "lantern++" and options.delta <= 1:
             raise ConfigError(f"--delta {options.delta}: lantern++ takes its lambda, above 1.", "Use --mode lantern for a bound up to 1.")
+
+
+def _room(mode: Mode, layout: Layout) -> tuple[int, str]:
+    """The widest window, and what has so many codes."""
+    return (layout.grid[1], "a row") if mode.name == "zipar" else (layout.num_tokens, "an image")
+
+
+def _nodes(widths: list[int]) -> int:
+    """Of a tree with so many children a node by level; 0 where a level has none."""
+    return sum(itertools.accumulate(widths, operator.mul)) if all(widths) else 0
 
 
 def _flags(names: Any) -> str:
