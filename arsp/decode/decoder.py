@@ -78,6 +78,7 @@ class RasterDecoder:
             return self._step_nodes(state, codes_Bn, nodes)
         return self._extend(state, codes_Bn) if state.prefilled else self._prefill(state, codes_Bn)
 
+    @torch.inference_mode()
     def keep(self, state: RasterState, slots_Bk: Tensor, start_B: Tensor, count_B: Tensor) -> None:
         """After a pass with nodes: the codes at the first ``count_B[b]`` of the slots ``slots_Bk[b]`` become positions ``start_B[b]`` and
         on; row b then holds ``start_B + count_B`` codes."""
