@@ -13,6 +13,7 @@ from arsp.decode.drafts import Tape
 from arsp.decode.law import Law
 from arsp.errors import ConfigError, NumericalError
 from arsp.rng import Purpose
+from arsp.tokenizers.geometry import CodebookGeometry
 
 RESIDUAL_FLOOR = 1e-12  # a residual with less mass is rounding: draw from p itself
 
@@ -49,7 +50,7 @@ class GroupRule(ExactRule):
     exactness = "lossy"
 
     def __init__(self, embedding_VC: Tensor, half_window: int = 7, p_distance: float = 0.15, e_distance: float = 0.5):
-        self.embedding, self.half, self.p_distance, self.e_distance = embedding_VC, half_window, p_distance, e_distance
+        self.geometry, self.half, self.p_distance, self.e_distance = CodebookGeometry(embedding_VC), half_window, p_distance, e_distance
 
     def ratio(self, law: Law, log_p_Bm: Tensor, tape: Tape, positions_Bm: Tensor, drafts_Bm: Tensor) -> Tensor:
         log_probs = law.log_probs()
@@ -67,7 +68,7 @@ class GroupRule(ExactRule):
         inside = (rank >= self.half) & (window < ranked.shape[-1])
         group = ranked.gather(-1, window.clamp(0, ranked.shape[-1] - 1))
         near_p = (p_BmV.gather(-1, group) - p_BmV.gather(-1, drafts_Bm.unsqueeze(-1))).abs() < self.p_distance
-        distance = (self.embedding[group] - self.embedding[drafts_Bm].unsqueeze(-2)).float().square().sum(-1)
+        distance = self.geometry.squared_distance(group, drafts_Bm.unsqueeze(-1))
         return group, inside & near_p & (distance < self.e_distance)
 
 
