@@ -44,12 +44,9 @@ class ZipARGenerator:
                 logits = self._pass(state, codes_BL, written, rows, positions, made, late)
             at = torch.tensor(positions, device=device)
             codes_BL[:, at] = draw_codes(self.pipeline(logits), request.seed, request.sample_ids_B, at)
-            late = []
             for i in rows:
                 made[i] += 1
-                last = i * width + width - 1
-                if made[i] == width and i + 1 < height and made[i + 1] > 0:
-                    late.append(last)
+            late = [i * width + width - 1 for i in rows if made[i] == width and i + 1 < height and made[i + 1] > 0]
             self.statistics.count(request.batch_size, len(rows))
             if callback:
                 callback(len(rows))

@@ -147,7 +147,7 @@ def mode_options(name: str, layout: Layout, given: dict[str, Any]) -> VerifyConf
     if mode.needs_draft:
         given.setdefault("draft_model", "disturbed")
     if "draft_model" in given and "branches" in mode.options:
-        given.setdefault("branches", "2,2")
+        given.setdefault("branches", ",".join(["2"] * min(2, layout.num_tokens - 1)))
     elif "window" in mode.defaults:
         most = layout.grid[1] if name == "zipar" else layout.num_tokens
         given.setdefault("window", max(1, min(mode.defaults["window"], most - 1)))
