@@ -1,4 +1,4 @@
-"""Enumerable decoders beyond plain tables: a guided one, and one of order two for sequences too long to enumerate."""
+"""Enumerable decoders beyond plain tables: a guided one, and one of low order for sequences too long to enumerate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GuidedDecoder(TabularDecoder):
 
 
 class MarkovDecoder(TabularDecoder):
-    """``p(x_j | x_(j-2), x_(j-1))`` from one table ``(V + 1, V + 1, V)``, index V before the start; any length."""
+    """``p(x_j | x_(j-k), .., x_(j-1))`` from one table of k + 1 dimensions, index V before the start; any length."""
 
     def __init__(self, table: Tensor, length: int):
         self.vocab_size, self.layout = table.shape[-1], Layout.raster(1, length)
@@ -39,7 +39,7 @@ class MarkovDecoder(TabularDecoder):
             place = (lengths_B - back)[:, None]
             return torch.where(place >= 0, codes_BT.gather(1, place.clamp(0, codes_BT.shape[1] - 1)), self.vocab_size).squeeze(1)
 
-        return self.log_table[code(2), code(1)]
+        return self.log_table[tuple(code(back) for back in range(self.log_table.ndim - 1, 0, -1))]
 
 
 def table_decoder(vocab_size: int = 3, grid: tuple[int, int] = (2, 3), seed: int = 21, scale: float = 1.3) -> TabularDecoder:
