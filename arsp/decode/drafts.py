@@ -216,7 +216,7 @@ class NGrams:
     def fill(self, tape: Tape, stop_B: Tensor) -> None:
         """Draft positions ``known_B .. stop_B - 1`` anew, one behind another, where the run before them was seen."""
         num = int((stop_B - tape.known_B).max())
-        base, keys = self.vocab_size + 1, self.keys_N.to(stop_B.device)
+        base, keys, best = self.vocab_size + 1, self.keys_N.to(stop_B.device), self.codes_N.to(stop_B.device)
         back = tape.known_B[:, None] + torch.arange(-self.order, 0, device=stop_B.device)
         run = torch.where(back >= 0, tape.codes_BL.gather(1, back.clamp_min(0)), self.vocab_size)
         run_B = (run * base ** torch.arange(self.order - 1, -1, -1, device=stop_B.device)).sum(1)
@@ -227,7 +227,7 @@ class NGrams:
             key = run_B + at * base**self.order
             index = torch.searchsorted(keys, key).clamp_max(len(keys) - 1)
             seen = (keys[index] == key) & (at < stop_B)
-            code = torch.where(seen, self.codes_N[index], codes[rows, at])
+            code = torch.where(seen, best[index], codes[rows, at])
             codes[rows, at] = code
             source[rows, at] = torch.where(seen, ONE_HOT, source[rows, at])
             run_B = (run_B * base + code) % base**self.order
