@@ -86,7 +86,7 @@ def run_training(ctx: CommandContext, what: str, config: Any) -> dict[str, Any]:
     device = ctx.setup_torch()
     with runs.Run.open("train", what, config.model_dump(), ctx.opts.out, resume=ctx.opts.resume) as run, runs.stop_signals():
         if not run.finished:
-            job = pipeline.prepare(config, run.path, ctx.progress, ctx.log)
+            job = pipeline.prepare(config, ctx.progress, ctx.log)
             with ctx.progress(config.optim.steps, f"train {what}") as advance:
                 state = fit(job.task, config.optim, run.path, device=device, progress=advance, log=ctx.log)
             path = run.path / "bundle"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from arsp.train.data import load_pool
 from arsp.train.loop import OptimConfig, Task
 from arsp.train.tasks import FeatureTask, ScaleTeacherTask, ScaleTokenizerTask, TeacherTask, TokenizerTask, tokenise
 from arsp.zoo.bundle import save_bundle
-from arsp.zoo.load import LoadedModel, load_model, load_tokenizer, resolve, resolve_tokenizer
+from arsp.zoo.load import LoadedModel, cache_root, load_model, load_tokenizer, resolve, resolve_tokenizer
 
 
 class VQSection(StrictModel):
@@ -164,16 +165,16 @@ class Job:
     export: Callable[[Path, dict[str, Any]], Any]
 
 
-def prepare(config: Any, directory: Path, stage: Callable[[int, str], Any], log: Callable[[str], None]) -> Job:
+def prepare(config: Any, stage: Callable[[int, str], Any], log: Callable[[str], None]) -> Job:
     """Data and task of a training, told by its schema. InputError or ConfigError before any long work when the data do not fit."""
     makers = {
         TokenizerTraining: _tokenizer, VARTokenizerTraining: _var_tokenizer, TeacherTraining: _teacher,
         VARTeacherTraining: _var_teacher, FeatureTraining: _features,
     }  # fmt: skip
-    return makers[type(config)](config, directory, stage, log)
+    return makers[type(config)](config, stage, log)
 
 
-def _tokenizer(config: TokenizerTraining, directory: Path, stage: Callable, log: Callable) -> Job:
+def _tokenizer(config: TokenizerTraining, stage: Callable, log: Callable) -> Job:
     images, held_out, side = _pool(config.data)
     vq = VQConfig(**config.vq.model_dump(), image_size=side)
     if side % vq.downsample:
@@ -183,7 +184,7 @@ def _tokenizer(config: TokenizerTraining, directory: Path, stage: Callable, log:
     return Job(task, lambda path, state: _bundle(path, "llamagen", "tokenizer", _plain(vq), task, state, config.data))
 
 
-def _var_tokenizer(config: VARTokenizerTraining, directory: Path, stage: Callable, log: Callable) -> Job:
+def _var_tokenizer(config: VARTokenizerTraining, stage: Callable, log: Callable) -> Job:
     images, held_out, side = _pool(config.data)
     vq = VQVAEConfig(**config.vq.model_dump(exclude={"truncate", "first_share"}))
     if side != vq.image_size:
@@ -205,23 +206,26 @@ def _pool(data: str) -> tuple[torch.Tensor, torch.Tensor, int]:
     return images, images[torch.linspace(0, len(images) - 1, min(1000, len(images))).long()], images.shape[-1]
 
 
-def _codes(data: str, tokenizer: Any, directory: Path, stage: Callable, log: Callable) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Codes and labels of all images, kept in the run directory, and the names of the classes."""
+def _codes(data: str, tokenizer: Any, stage: Callable, log: Callable) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Codes and labels of all images, and the names of the classes. Codes are kept in the cache under the hash of images and tokenizer."""
     images, labels, names = load_pool(data)
     side = tokenizer.config.image_size
     if images.shape[-1] != side:
         raise InputError(f"{data}: images of {images.shape[-1]} px, the tokenizer takes {side} px.")
-    cache = directory / "codes.safetensors"
+    digest = hashlib.sha256(repr(tokenizer.config).encode())
+    for tensor in (images, *tokenizer.state_dict().values()):
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    cache = cache_root() / "codes" / f"{digest.hexdigest()[:24]}.safetensors"
     if cache.exists():
-        log(f"codes of an earlier start: {cache}")
+        log(f"codes of an earlier run: {cache}")
     else:
         with stage(len(images), "tokenise") as advance:
             codes = tokenise(tokenizer, images, advance)
+        cache.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(cache) as temporary:
-            save_file({"codes": codes, "labels": labels}, temporary)
+            save_file({"codes": codes}, temporary)
     try:
-        stored = load_file(cache)
-        return stored["codes"], stored["labels"], names
+        return load_file(cache)["codes"], labels, names
     except (SafetensorError, KeyError) as error:
         raise InputError(f"{cache} cannot be read: {error}", f"Delete {cache} and run the same command again.") from error
 
@@ -238,9 +242,9 @@ def _tokenizer_parts(name: str, tokenizer: Any) -> dict[str, Any]:
     return {"tokenizer": {"config": _plain(tokenizer.config)}, "tokenizer_weights": tokenizer.state_dict()}
 
 
-def _teacher(config: TeacherTraining, directory: Path, stage: Callable, log: Callable) -> Job:
+def _teacher(config: TeacherTraining, stage: Callable, log: Callable) -> Job:
     tokenizer = _tokenizer_of(config.tokenizer, "llamagen")
-    codes, labels, names = _codes(config.data, tokenizer, directory, stage, log)
+    codes, labels, names = _codes(config.data, tokenizer, stage, log)
     drop = config.gpt.dropout
     gpt = GPTConfig(
         dim=config.gpt.dim,
@@ -268,7 +272,7 @@ def _tokenizer_of(name: str, family: str) -> Any:
     return load_tokenizer(name)
 
 
-def _var_teacher(config: VARTeacherTraining, directory: Path, stage: Callable, log: Callable) -> Job:
+def _var_teacher(config: VARTeacherTraining, stage: Callable, log: Callable) -> Job:
     tokenizer = _tokenizer_of(config.tokenizer, "var")
     sides = tokenizer.config.patch_nums
     scales = parse_scales(config.scales, len(sides)) if config.scales else range(len(sides))
@@ -286,7 +290,7 @@ def _var_teacher(config: VARTeacherTraining, directory: Path, stage: Callable, l
     if config.init and config.var != VARSection():
         raise ConfigError("var.*: the sizes are those of --init.", "Drop one of the two.")
     start, expert = (name and _same_scales(name, tokenizer) for name in (config.init, config.expert))
-    codes, labels, names = _codes(config.data, tokenizer, directory, stage, log)
+    codes, labels, names = _codes(config.data, tokenizer, stage, log)
     for other in (start, expert):
         if other and other.module.config.num_classes != len(names):
             raise ConfigError(f"{other.name} knows {other.module.config.num_classes} classes, {config.data} has {len(names)}.")
@@ -326,7 +330,7 @@ def _same_scales(name: str, tokenizer: Any) -> LoadedModel:
     return loaded
 
 
-def _features(config: FeatureTraining, directory: Path, stage: Callable, log: Callable) -> Job:
+def _features(config: FeatureTraining, stage: Callable, log: Callable) -> Job:
     if config.data not in VARIANTS:
         raise ConfigError(
             f"data '{config.data}': the feature network learns attributes, which only the procedural sets have.",

@@ -16,7 +16,7 @@ from arsp.data import shapes
 from arsp.data.images import save_png_dir
 from arsp.errors import Interrupted
 from arsp.runs import sha256_file
-from arsp.train import loop, tasks
+from arsp.train import loop, pipeline, tasks
 from arsp.zoo.load import load_model, load_tokenizer, resolve
 
 SMALL = ["optim.batch_size=8", "optim.warmup=2", "optim.eval_every=3", "optim.checkpoint_every=4"]
@@ -153,20 +153,33 @@ def test_a_damaged_checkpoint_ends_in_one_message(place, monkeypatch):
     refused(invoke(*teacher("a")), 4, "00000004", "Delete")
 
 
-def test_damaged_codes_of_the_images_end_in_one_message(place, monkeypatch):
-    monkeypatch.setattr(loop, "_update", lambda *a: (_ for _ in ()).throw(Dies("killed")))
-    invoke(*teacher("a"))
-    (place / "a" / "codes.safetensors").write_bytes(b"nothing")
-    refused(invoke(*teacher("a")), 4, "codes.safetensors", "Delete")
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("ARSP_CACHE", str(folder))
+    return folder / "codes"
 
 
-def test_tokenising_can_be_stopped(place, monkeypatch):
+def test_damaged_codes_of_the_images_end_in_one_message(place, cache):
+    record_of(invoke(*teacher("a", "optim.steps=0")))
+    (file,) = cache.glob("*.safetensors")
+    file.write_bytes(b"nothing")
+    refused(invoke(*teacher("b")), 4, file.name, "Delete")
+
+
+def test_the_images_are_tokenised_once(place, cache, monkeypatch):
+    record_of(invoke(*teacher("a", "optim.steps=0")))
+    monkeypatch.setattr(pipeline, "tokenise", lambda *a: pytest.fail("the codes are in the cache"))
+    record_of(invoke(*teacher("b", "optim.steps=0")))
+
+
+def test_tokenising_can_be_stopped(place, cache, monkeypatch):
     def stop():
         raise Interrupted("stopped by SIGTERM", 143)
 
     monkeypatch.setattr(tasks, "check_stop", stop)
     refused(invoke(*teacher("a")), 143, "stopped")
-    assert not (place / "a" / "codes.safetensors").exists()
+    assert not list(cache.glob("*"))
 
 
 def test_divergence_is_exit_6_and_keeps_the_last_checkpoint(place):
