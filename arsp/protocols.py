@@ -169,17 +169,20 @@ class Tokenizer(Protocol):
 
 
 class Drafter(Protocol):
-    """Plug point of the verify family: proposes tokens and records the law they were drawn from."""
+    """Plug point of the verify family: guesses codes and records the law they were drawn from. ``begin(request)`` and ``select(rows)``
+    are called where they exist."""
 
-    def propose(self, state: Any, positions_Bn: Tensor) -> Any: ...
+    def fill(self, tape: Any, stop_B: Tensor) -> None:
+        """Drafts for every position of :class:`arsp.decode.drafts.Tape` up to ``stop_B``."""
 
 
 class AcceptanceRule(Protocol):
-    """Plug point of the verify family: (target law, draft law, drafts) -> accepted count and replacement."""
+    """Plug point of the verify family: how likely a draft is to stand."""
 
     exactness: str  # "exact" | "bounded(delta)" | "lossy"
 
-    def verify(self, target: Any, draft: Any, codes_Bn: Tensor) -> Any: ...
+    def ratio(self, law: Any, log_p_Bm: Tensor, tape: Any, positions_Bm: Tensor, drafts_Bm: Tensor) -> Tensor:
+        """What the uniform number of each draft has to be below, ``(B, m)``; ``law`` is the target, ``log_p_Bm`` that of the drafts."""
 
 
 class Transform(Protocol):
