@@ -113,12 +113,9 @@ CAPTIONS = Request(
 
 
 def following(decoder, request, row, codes):
-    """Logits of what follows these codes of a row, by plain steps."""
+    """Logits of what follows these codes of a row, fed one behind another to a state of its own."""
     one = request.rows(slice(row, row + 1))
-    state, logits = decoder.start(one), None
-    for code in [None, *codes]:
-        logits = decoder.step(state, None if code is None else torch.tensor([[code]]))
-    return logits[0, -1]
+    return decoder.step(decoder.start(one), torch.tensor([codes]) if codes else None)[0, -1]
 
 
 def check_tree(decoder, request, tape, shape, codes, logits, what):

@@ -49,10 +49,10 @@ def sequences(name, decoder, num, batch, seed=0, pipeline=None, **options):
 @pytest.mark.parametrize(("name", "options"), EXACT)
 @pytest.mark.parametrize("case", find_cases(kind="ar_table"), ids=str)
 def test_every_exact_mode_reproduces_the_recorded_joint(case, name, options):
-    """200 000 sequences a seed (trees 100 000, they take three times as long), three seeds."""
+    """200 000 sequences a seed (trees 60 000, they take four times as long), three seeds."""
     tree = name in ("pac", "kseq", "rsd")
     decoder = TabularDecoder([case.io[f"table.{i}"] for i in range(case.config["L"])])
-    for report in run_exact(name, decoder, num=100_000 if tree else 200_000, options=options):
+    for report in run_exact(name, decoder, num=60_000 if tree else 200_000, options=options):
         assert report.exactness == "exact" and report.passed, report
         assert report.tv < 1.3 * report.tv_floor or report.df < 100, report  # of few cells, the noise is noisy itself
 
@@ -69,14 +69,14 @@ GRID = [
 
 @pytest.mark.parametrize(("name", "options", "window", "init"), GRID)
 def test_windows_and_first_guesses_do_not_change_the_law(name, options, window, init):
-    """All redraws, windows 1 to 3 on 2 x 3 codes, every initialiser: 20 000 sequences each."""
-    check(name, table_decoder(), 20_000, seed=window, window=window, init=init, **options)
+    """All redraws, windows 1 to 3 on 2 x 3 codes, every initialiser: 20 000 sequences each, 8000 of trees."""
+    check(name, table_decoder(), 8_000 if name == "pac" else 20_000, seed=window, window=window, init=init, **options)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 @pytest.mark.parametrize(("name", "option"), [("draft-model", {}), ("kseq", {"width": 2}), ("kseq", {"width": 4})], ids=str)
 def test_windows_of_draft_models_do_not_change_the_law(name, option, window):
-    check(name, table_decoder(), 20_000, seed=window, window=window, **option)
+    check(name, table_decoder(), 10_000, seed=window, window=window, **option)
 
 
 @pytest.mark.parametrize(
@@ -87,23 +87,24 @@ def test_windows_of_draft_models_do_not_change_the_law(name, option, window):
 )  # fmt: skip
 def test_shapes_of_trees_and_strengths_do_not_change_the_law(name, option):
     """Also more siblings than there are codes, and trees deeper than the window."""
-    check(name, table_decoder(), 20_000, **option)
+    check(name, table_decoder(), 8_000, **option)
 
 
 @pytest.mark.parametrize(("name", "options"), EXACT)
-@pytest.mark.parametrize("interval", [-1, 1], ids=["guided", "interval"])
+@pytest.mark.parametrize("interval", [pytest.param(-1, id="guided", marks=pytest.mark.slow), pytest.param(1, id="interval")])
 def test_the_guided_law_is_what_is_verified(name, options, interval):
-    """Guidance of two halves at every step, and guidance that ends inside a window."""
+    """Guidance of two halves at every step, and, with filters, guidance that ends inside a window."""
     window = {} if name == "rsd" else {"window": 2}
-    check(name, guided_decoder(interval=interval), 20_000, pipeline=None if interval < 0 else CUT, **window, **options)
+    check(name, guided_decoder(interval=interval), 12_000, pipeline=None if interval < 0 else CUT, **window, **options)
 
 
 @pytest.mark.parametrize(("name", "options"), EXACT)
 def test_filters_are_part_of_the_verified_law(name, options):
     """Temperature, top-k and top-p at once, on five codes; laws end up with one to three of them."""
-    check(name, table_decoder(5, (2, 2)), 40_000, seed=1, pipeline=CUT, **options)
+    check(name, table_decoder(5, (2, 2)), 20_000, seed=1, pipeline=CUT, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", [LogitsPipeline(temperature=1.7), LogitsPipeline(top_p=0.6), LogitsPipeline(top_h=0.6)], ids=str)
 @pytest.mark.parametrize("name", ["sjd", "mc", "pac", "rsd"])
 def test_single_filters_are_part_of_the_verified_law(name, pipeline):
@@ -172,8 +173,8 @@ def test_seeded_decoding_gives_the_codes_of_plain_sampling(decoder, pipeline):
     """Any window, initialiser, draft model and batch."""
     expected = ARGenerator(decoder, pipeline).generate(Request(torch.arange(400), 9)).codes_BL
     guesses = [{"init": init} for init in INITIALISERS] + [{"draft_model": "disturbed"}]
-    for window, guess in itertools.product((1, 2, 3, 5, 6), guesses):
-        found = sequences("seeded", decoder, 400, 400 if window % 2 else 130, 9, pipeline, window=window, **guess)
+    for window, guess in itertools.product((1, 2, 4, 6), guesses):
+        found = sequences("seeded", decoder, 400, 400 if window > 1 else 130, 9, pipeline, window=window, **guess)
         assert torch.equal(found, expected), f"window {window}, {guess}"
 
 
