@@ -146,8 +146,9 @@ class Chain:
         codes = torch.where(offsets < last_B[:, None], drafts, new)
         advance = Advance(base_B + m - tape.known_B, base_B + last_B - tape.known_B)
         tape.codes_BL = tape.codes_BL.scatter(1, positions, codes)
-        if recorded is not None:
-            tape.source_BL = tape.source_BL.scatter(1, positions, offsets.expand(positions.shape))
+        if recorded is not None:  # the first position is known from here on
+            recorded = recorded.behind_first()
+            tape.source_BL = tape.source_BL.scatter(1, positions[:, 1:], offsets[:m].expand(len(tape), m))
         tape.laws, tape.known_B, tape.drafted_B = recorded, base_B + last_B + 1, base_B + m + 1
         tape.passes += 1
         return advance

@@ -44,6 +44,11 @@ class Law:
         pick = lambda x: x[rows_r.unsqueeze(-1), index_rn]  # noqa: E731
         return Law(pick(self.logits_BmV), pick(self.lse_Bm), pick(self.threshold_Bm), pick(self.last_Bm), self.temperature)
 
+    def behind_first(self) -> Law:
+        """The laws without those of the first position, in memory of their own."""
+        cut = lambda x: x[:, 1:].contiguous()  # noqa: E731
+        return Law(cut(self.logits_BmV), cut(self.lse_Bm), cut(self.threshold_Bm), cut(self.last_Bm), self.temperature)
+
     def select(self, rows: Tensor) -> Law:
         """The laws of some rows of the batch."""
         return Law(self.logits_BmV[rows], self.lse_Bm[rows], self.threshold_Bm[rows], self.last_Bm[rows], self.temperature)

@@ -378,11 +378,11 @@ class Proactive:
         )
         new, recorded = self.redraw(chain, drawn[:, spine], ratio, tape, positions)
         advance = commit([(decoder, state)], tape, self.shape, codes, done)
-        offsets = torch.arange(len(spine), device=every.device).expand(positions.shape)
+        offsets = torch.arange(self.window, device=every.device).expand(len(tape), -1)
         behind = positions >= tape.known_B[:, None]
         tape.codes_BL = tape.codes_BL.scatter(1, positions, torch.where(behind, new, tape.codes_BL.gather(1, positions)))
-        tape.source_BL = tape.source_BL.scatter(1, positions, offsets)
-        tape.laws, tape.drafted_B = recorded, positions[:, -1] + 1
+        tape.source_BL = tape.source_BL.scatter(1, positions[:, 1:], offsets)
+        tape.laws, tape.drafted_B = recorded.behind_first(), positions[:, -1] + 1
         return advance
 
     def _draw(self, tape: Tape, every: Tensor) -> Tensor:

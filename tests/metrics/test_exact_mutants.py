@@ -136,7 +136,7 @@ class InStep(Chain):
         least = tape.known_B.view(-1, 2).min(1).values.repeat_interleave(2)
         if self.against_old and m:
             accepted = (positions < (before + advance.accepted_B)[:, None]).unsqueeze(-1)
-            tape.laws = Law.of_weights(torch.where(accepted, old.log(), tape.laws.log_probs()))
+            tape.laws = Law.of_weights(torch.where(accepted[:, 1:], old[:, 1:].log(), tape.laws.log_probs()))
         tape.known_B = least
         return advance
 
@@ -168,7 +168,7 @@ class SiblingsOfTheResidual(Proactive):
             tape.laws = Law.of_weights(residual(recorded.log_probs().exp(), self.before).log())
         codes = super()._draw(tape, every)
         tape.laws = recorded
-        self.before = tape.q(every, tape.known_B[:, None] + torch.arange(self.window + 1))
+        self.before = tape.q(every, tape.known_B[:, None] + torch.arange(1, self.window + 1))
         return codes
 
 
