@@ -24,6 +24,17 @@ def test_quantisers_equal_the_official_ones(case):
         assert_close(quantise(io[name], int(bits)), io[key], abs_tol=tolerance, what=key)
 
 
+@pytest.mark.golden
+@pytest.mark.parametrize("case", find_cases(kind="litevar_quant"), ids=str)
+def test_quantisers_equal_the_official_ones_with_constant_groups(case):
+    io = case.io
+    quantisers = {"pc": (quantize_weight, io["w"]), "act": (quantize_tokens, io["x"]), "attn": (quantize_map, io["attn"])}
+    for key in (key for key in io if key.endswith(".dequant")):
+        kind, bits, _ = key.split(".")
+        quantise, x = quantisers[kind]
+        assert_close(quantise(x, int(bits[1:])), io[key], abs_tol=1e-6, rel_tol=1e-5, what=key)
+
+
 def test_the_largest_value_of_a_group_falls_one_step_short():
     x = torch.arange(17.0)[None] / 16
     got = fake_quantize(x, 4, 1)
