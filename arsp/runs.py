@@ -43,6 +43,11 @@ COST_KEYS = (
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
+def cache_root() -> Path:
+    """``$ARSP_CACHE`` or ``~/.cache/arsp``: downloaded checkpoints and derived statistics."""
+    return Path(os.environ.get("ARSP_CACHE") or Path.home() / ".cache" / "arsp")
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 (hex) of a file's bytes. Raises InputError when it cannot be read."""
     digest = hashlib.sha256()

@@ -38,10 +38,10 @@ from arsp.errors import ConfigError, InputError
 from arsp.protocols import Generation, Generator, Request
 from arsp.registry import Registry
 from arsp.rng import Purpose, keyed_labels
-from arsp.runs import atomic_file, check_stop
+from arsp.runs import atomic_file, cache_root, check_stop
 from arsp.tokenizers.fast_decode import PixelDecoder, prepare_decoder
 from arsp.tokenizers.pixels import resize_for_evaluation, to_uint8
-from arsp.zoo.load import LoadedModel, ModelSource, cache_root, load_model, resolve
+from arsp.zoo.load import LoadedModel, ModelSource, load_model, resolve
 from arsp.zoo.steps import beside, check_steps, load_steps, parts_of
 
 SAMPLERS = Registry("samplers")

@@ -26,8 +26,7 @@ from torch import Tensor
 from arsp.bench import timing
 from arsp.errors import ConfigError, InputError, UsageError
 from arsp.protocols import Decoder, Request
-from arsp.runs import cpu_model, write_json
-from arsp.zoo.load import cache_root
+from arsp.runs import cache_root, cpu_model, write_json
 
 CANDIDATES = (0, 1, 2, 4, 8, 16, 32, 64)
 

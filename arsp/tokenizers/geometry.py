@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arsp.errors import ConfigError, InputError
-from arsp.runs import atomic_file
-from arsp.zoo.load import cache_root
+from arsp.runs import atomic_file, cache_root
 
 _BLOCK_ELEMENTS = 1 << 20  # distances held at once
 _ITERATIONS = 25  # of k-means

@@ -20,14 +20,14 @@ from arsp.errors import ConfigError, InputError, nearest
 from arsp.metrics.features import FEATNET_NAME
 from arsp.models.llamagen import GPTConfig
 from arsp.models.var import VAR, VARConfig
-from arsp.runs import atomic_file
+from arsp.runs import atomic_file, cache_root
 from arsp.tokenizers.llamagen_vq import VQConfig, VQModel
 from arsp.tokenizers.var_vqvae import VQVAE, VQVAEConfig
 from arsp.train.data import load_pool
 from arsp.train.loop import OptimConfig, Task
 from arsp.train.tasks import FeatureTask, ScaleTeacherTask, ScaleTokenizerTask, TeacherTask, TokenizerTask, tokenise
 from arsp.zoo.bundle import save_bundle
-from arsp.zoo.load import LoadedModel, cache_root, load_model, load_tokenizer, resolve, resolve_tokenizer
+from arsp.zoo.load import LoadedModel, load_model, load_tokenizer, resolve, resolve_tokenizer
 
 
 class VQSection(StrictModel):

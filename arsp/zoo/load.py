@@ -17,7 +17,7 @@ from arsp.decode.guidance import Guidance, RampGuidance
 from arsp.errors import ConfigError, InputError, nearest
 from arsp.protocols import Capabilities, Decoder, Layout
 from arsp.registry import Registry
-from arsp.runs import sha256_file
+from arsp.runs import cache_root, sha256_file
 from arsp.zoo import bundle
 from arsp.zoo.families import LLAMAGEN, Family
 
@@ -111,11 +111,6 @@ def cards() -> dict[str, dict[str, Any]]:
 
 def card_names() -> list[str]:
     return list(cards())
-
-
-def cache_root() -> Path:
-    """``$ARSP_CACHE`` or ``~/.cache/arsp``: downloaded checkpoints and derived statistics."""
-    return Path(os.environ.get("ARSP_CACHE") or Path.home() / ".cache" / "arsp")
 
 
 def resolve(name: str, *, tokenizer: str | None = None) -> ModelSource:
