@@ -16,19 +16,25 @@ from torch import Tensor
 
 from arsp.errors import ConfigError, ResourceError, nearest
 from arsp.kernels import build, ops, reference
+from arsp.kernels.layouts import TILE, pack_w4_cpu, pack_w8_cpu
 
 __all__ = [
-    "BACKENDS", "MAX_ROWS", "OPS", "backends", "fuses_noise", "keyed_argmax", "set_backend", "skips_windows", "small_linear", "verify",
+    "BACKENDS", "GROUP_SIZES", "MAX_ROWS", "OPS", "backends", "fuses_noise", "keyed_argmax", "pack_w4_cpu", "pack_w8_cpu",
+    "quantize_per_token", "set_backend", "skips_windows", "small_linear", "verify", "w4a8_linear", "w8a8_linear",
     "windowed_scale_attention",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
+GROUP_SIZES = (32, 64, 128, -1)  # columns that share a scale in w4a8_linear; -1: all of a row
 MAX_ROWS = 16  # up to here the weights are what a linear layer waits for; beyond, torch's blocked product is better
 OPS = {  # name -> where its compiled kernel is used
     "small_linear": f"float32 and bfloat16, up to {MAX_ROWS} rows on the CPU without gradient, torch otherwise",
     "windowed_scale_attention": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
     "keyed_argmax": "on the CPU without gradient, torch otherwise",
     "verify": "on the CPU without gradient, torch otherwise",
+    "quantize_per_token": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
+    "w8a8_linear": "on the CPU, torch otherwise",
+    "w4a8_linear": "on the CPU, torch otherwise",
 }
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -230,3 +236,87 @@ def _check_rows(op: str, logits_RV: Tensor, **rows: Tensor) -> None:
                 f"{op}: {name} has shape {tuple(tensor.shape)} and type {tensor.dtype}, expected ({len(logits_RV)},) and torch.int64.",
                 "There is one value for each row of logits.",
             )
+
+
+def quantize_per_token(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric dynamic quantisation of every row: ``x ~ xq sx``, ``sx = absmax / 127``, to the nearest, ties to even.
+
+    Args:
+        x_MK: (M, K), float32 or bfloat16.
+
+    Returns xq int8 (M, K) and sx float32 (M). A row of zeros has sx = 1. A row that is not finite has codes 0 and sx NaN or infinite, so
+    products with it are NaN. ConfigError: x is not a matrix.
+    """
+    if x_MK.dim() != 2:
+        raise ConfigError(f"quantize_per_token: expected x (M, K), got shape {tuple(x_MK.shape)}.")
+    return (ops.quantize_per_token if _applies(x_MK) else reference.quantize_per_token)(x_MK)
+
+
+def w8a8_linear(
+    xq_MK: Tensor, sx_M: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Linear layer of 8-bit codes: ``y[m, n] = bias[n] + sx[m] scale[n] sum_k code[n, k] xq[m, k]``, shape (M, N).
+
+    Args:
+        xq_MK, sx_M: int8 and float32, of :func:`quantize_per_token`.
+        weight: :func:`pack_w8_cpu` of the codes int8 (N, K).
+        scale_N: float32, one scale a row.
+        bias_N: (N,) or None. dtype: of the result, float32 or bfloat16.
+
+    The sum is exact (int32, K < 65536); outside, every operation rounds to float32 in the order scale, sx, bias, so that all back
+    ends give the same bits. ConfigError: shapes or types that do not fit together.
+    """
+    pieces, codes = -(-xq_MK.shape[-1] // 4), xq_MK.shape[-1]
+    _check_quantised("w8a8_linear", xq_MK, sx_M, weight, pieces, scale_N.shape[:1], bias_N, dtype)
+    if scale_N.dim() != 1 or scale_N.dtype != torch.float32 or codes >= 1 << 16:
+        raise ConfigError(f"w8a8_linear: scale {scale_N.dtype} {tuple(scale_N.shape)}, K = {codes}; expected float32 (N,), K < 65536.")
+    return (ops.w8a8_linear if _applies(sx_M) else reference.w8a8_linear)(xq_MK, sx_M, weight, scale_N, bias_N, dtype)
+
+
+def w4a8_linear(
+    xq_MK: Tensor, sx_M: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, group_size: int,
+    bias_N: Tensor | None = None, dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """Linear layer of 4-bit codes with a scale and a zero point per group of columns, shape (M, N):
+    ``y[m, n] = bias[n] + sx[m] sum_g scale[n, g] sum_{k in g} (code[n, k] - zero[n, g]) xq[m, k]``.
+
+    Args:
+        xq_MK, sx_M: int8 and float32, of :func:`quantize_per_token`.
+        weight: :func:`pack_w4_cpu` of the canonical words int32 (N, K / 8).
+        scales_NG, zeros_NG: float32 and uint8 (N, G). Kept with ``.mT.contiguous().mT`` they are read in place, otherwise
+            copied at every call.
+        group_size: one of ``GROUP_SIZES``; K must be a multiple.
+        bias_N: (N,) or None. dtype: of the result, float32 or bfloat16.
+
+    The inner sums are exact (int32, K < 65536); outside, every operation rounds to float32: groups in their order, sx, bias. All back ends
+    give the same bits. ConfigError: shapes or types that do not fit together, a group size that is not offered or does not divide K.
+    """
+    columns = xq_MK.shape[-1]
+    if group_size not in GROUP_SIZES or columns % 8 or (group_size > 0 and columns % group_size) or not 0 < columns < 1 << 16:
+        raise ConfigError(
+            f"w4a8_linear: groups of {group_size} do not fit K = {columns}.",
+            f"Group sizes are {GROUP_SIZES} (-1: one group a row); K is a multiple of the group size and of 8, below 65536.",
+        )
+    _check_quantised("w4a8_linear", xq_MK, sx_M, weight, columns // 8, scales_NG.shape[:1], bias_N, dtype)
+    groups = 1 if group_size < 0 else columns // group_size
+    for name, tensor, wanted in (("scales", scales_NG, torch.float32), ("zeros", zeros_NG, torch.uint8)):
+        if tensor.shape != (scales_NG.shape[0], groups) or tensor.dtype != wanted:
+            raise ConfigError(f"w4a8_linear: {name} {tensor.dtype} {tuple(tensor.shape)}, expected {wanted} (N, {groups}).")
+    return (ops.w4a8_linear if _applies(sx_M) else reference.w4a8_linear)(xq_MK, sx_M, weight, scales_NG, zeros_NG, bias_N, dtype)
+
+
+def _check_quantised(
+    op: str, xq_MK: Tensor, sx_M: Tensor, weight: Tensor, pieces: int, rows: torch.Size, bias_N: Tensor | None, dtype: torch.dtype
+) -> None:
+    if xq_MK.dim() != 2 or xq_MK.dtype != torch.int8 or sx_M.shape != xq_MK.shape[:1] or sx_M.dtype != torch.float32:
+        found = f"{xq_MK.dtype} {tuple(xq_MK.shape)} and {sx_M.dtype} {tuple(sx_M.shape)}"
+        raise ConfigError(f"{op}: expected xq int8 (M, K) and sx float32 (M,), got {found}.", "Both are of kernels.quantize_per_token.")
+    if weight.dtype != torch.uint8 or weight.shape != (-(-rows.numel() // TILE), pieces, 4 * TILE):
+        raise ConfigError(
+            f"{op}: weight {weight.dtype} {tuple(weight.shape)} is not the layout of {rows.numel()} rows and K = {xq_MK.shape[1]}.",
+            f"Pack it with kernels.pack_{op[:2]}_cpu.",
+        )
+    if bias_N is not None and bias_N.shape != rows:
+        raise ConfigError(f"{op}: bias has shape {tuple(bias_N.shape)}, expected {tuple(rows)}.")
+    if dtype not in _DTYPES:
+        raise ConfigError(f"{op}: no results in {dtype}.", "float32 and bfloat16 are offered.")

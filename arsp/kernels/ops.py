@@ -65,7 +65,44 @@ def _(
     return codes_R, log_p_R, lse_R, threshold_R, last_R
 
 
+torch.library.define("arsp::quantize_per_token", "(Tensor x) -> (Tensor xq, Tensor sx)")
+torch.library.impl("arsp::quantize_per_token", "CompositeExplicitAutograd", reference.quantize_per_token)
+
+
+@torch.library.register_fake("arsp::quantize_per_token")
+def _(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    torch._check(x_MK.dim() == 2, lambda: "quantize_per_token: expected x (M, K)")
+    return x_MK.new_empty(x_MK.shape, dtype=torch.int8), x_MK.new_empty(x_MK.shape[0], dtype=torch.float32)
+
+
+torch.library.define("arsp::w8a8_linear", "(Tensor xq, Tensor sx, Tensor weight, Tensor scale, Tensor? bias, ScalarType dtype) -> Tensor")
+torch.library.impl("arsp::w8a8_linear", "CompositeExplicitAutograd", reference.w8a8_linear)
+
+
+@torch.library.register_fake("arsp::w8a8_linear")
+def _(xq_MK: Tensor, sx_M: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype) -> Tensor:
+    torch._check(xq_MK.dim() == 2 and scale_N.dim() == 1, lambda: "w8a8_linear: expected xq (M, K) and scale (N)")
+    return xq_MK.new_empty((xq_MK.shape[0], scale_N.shape[0]), dtype=dtype)
+
+
+torch.library.define(
+    "arsp::w4a8_linear", "(Tensor xq, Tensor sx, Tensor weight, Tensor scales, Tensor zeros, Tensor? bias, ScalarType dtype) -> Tensor"
+)
+torch.library.impl("arsp::w4a8_linear", "CompositeExplicitAutograd", reference.w4a8_linear)
+
+
+@torch.library.register_fake("arsp::w4a8_linear")
+def _(
+    xq_MK: Tensor, sx_M: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    torch._check(xq_MK.dim() == 2 and scales_NG.dim() == 2, lambda: "w4a8_linear: expected xq (M, K) and scales (N, G)")
+    return xq_MK.new_empty((xq_MK.shape[0], scales_NG.shape[0]), dtype=dtype)
+
+
 small_linear = torch.ops.arsp.small_linear.default
 windowed_scale_attention = torch.ops.arsp.windowed_scale_attention.default
 keyed_argmax = torch.ops.arsp.keyed_argmax.default
 verify = torch.ops.arsp.verify.default
+quantize_per_token = torch.ops.arsp.quantize_per_token.default
+w8a8_linear = torch.ops.arsp.w8a8_linear.default
+w4a8_linear = torch.ops.arsp.w4a8_linear.default

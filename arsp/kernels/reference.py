@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arsp.kernels.layouts import unpack_w4_cpu, unpack_w8_cpu
 from arsp.rng import keyed_uniform
 
 MIN_TEMPERATURE = 1e-5  # what a positive temperature is raised to before logits are divided by it
@@ -121,3 +122,47 @@ def _cut(scaled_RV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     within_R1 = cut_R1 > -torch.inf  # otherwise top-p removes nothing
     last_R1 = torch.where(tie_R1 & within_R1, ordered.indices.gather(-1, place_R1), last_R1)
     return torch.where(within_R1, cut_R1, threshold_R1), last_R1
+
+
+def quantize_per_token(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """``(xq int8, sx float32)``: sx = absmax / 127, xq = x / sx to the nearest, ties to even. A row of zeros (or whose sx is not above 0
+    in float32) has sx = 1; a row that is not finite has codes 0 and sx NaN or infinite, so that products with it are NaN."""
+    absmax_M = x_MK.abs().amax(-1).float() if x_MK.shape[-1] else x_MK.new_zeros(x_MK.shape[0], dtype=torch.float32)
+    scale_M = absmax_M / torch.full_like(absmax_M, 127)  # CUDA multiplies by the reciprocal of a number
+    scale_M = torch.where(scale_M == 0, 1.0, scale_M)
+    codes_MK = (x_MK.float() / scale_M[:, None]).round().clamp(-127, 127)
+    return codes_MK.where(scale_M[:, None].isfinite(), 0).to(torch.int8), scale_M
+
+
+def w8a8_linear(xq_MK: Tensor, sx_M: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """:func:`integer_linear` with one group, no zero point and the weight of ``pack_w8_cpu``."""
+    codes_NK = unpack_w8_cpu(weight, len(scale_N), xq_MK.shape[1])
+    return integer_linear(xq_MK, sx_M, codes_NK, scale_N[:, None], None, bias_N, dtype)
+
+
+def w4a8_linear(
+    xq_MK: Tensor, sx_M: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """:func:`integer_linear` with the weight of ``pack_w4_cpu``."""
+    return integer_linear(xq_MK, sx_M, unpack_w4_cpu(weight, len(scales_NG)), scales_NG, zeros_NG, bias_N, dtype)
+
+
+def integer_linear(
+    xq_MK: Tensor, sx_M: Tensor, codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bias_N: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``y = bias + sx sum_g scale_g (sum_{k in g} code_k xq_k - zero_g sum_{k in g} xq_k)``, G groups of K / G columns.
+
+    What stands in brackets is a whole number of 32 bits and exact. Outside, every operation rounds to float32: the groups are added one
+    after another, then comes sx, then the bias, then ``dtype``. Kernels give these very numbers.
+    """
+    total_MN = torch.zeros(len(xq_MK), len(codes_NK), device=xq_MK.device)
+    size = xq_MK.shape[1] // scales_NG.shape[1]
+    for g in range(scales_NG.shape[1]):
+        # float64 holds the whole numbers exactly and has a fast product
+        xq_MK64, codes_NK64 = (tensor[:, g * size : (g + 1) * size].double() for tensor in (xq_MK, codes_NK))
+        inner_MN = xq_MK64 @ codes_NK64.T
+        if zeros_NG is not None:
+            inner_MN -= xq_MK64.sum(1)[:, None] * zeros_NG[:, g].double()
+        total_MN += inner_MN.float() * scales_NG[:, g]
+    y_MN = total_MN * sx_M[:, None]
+    return (y_MN if bias_N is None else y_MN + bias_N.float()).to(dtype)

@@ -1,0 +1,292 @@
+"""Quantised linear layers: every instruction set gives the very numbers of the integer reference, which is checked against whole-number
+arithmetic written out here."""
+
+import numpy as np
+import pytest
+import torch
+
+from arsp import kernels
+from arsp.errors import ConfigError
+from arsp.kernels import build, layouts, ops, reference
+
+EVERY_ISA = pytest.mark.parametrize("isa", range(len(build.ISA)), ids=build.ISA)
+ROWS = (0, 1, 2, 3, 5, 6, 7, 13, 16, 37)
+OUTPUTS = (1, 15, 16, 17, 64, 65, 113)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def use(compiled, isa):
+    if compiled.use_isa(isa) != build.ISA[isa]:
+        pytest.skip(f"this processor has no {build.ISA[isa]}")
+
+
+def pack_words(codes_NK):
+    """The canonical words: code 8 w + i in bits 4 i of word w."""
+    words = np.zeros((codes_NK.shape[0], codes_NK.shape[1] // 8), np.uint32)
+    for i in range(8):
+        words |= codes_NK[:, i::8].numpy().astype(np.uint32) << (4 * i)
+    return torch.from_numpy(words.view(np.int32))
+
+
+def draw_x(rows, columns, generator):
+    codes = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    return codes, torch.rand(rows, generator=generator) + 0.01
+
+
+def draw_w4(rows, columns, outputs, group, seed=0, extreme=False):
+    """Arguments of ``ops.w4a8_linear`` before bias and type, and the codes."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = 1 if group < 0 else columns // group
+    codes = torch.randint(0, 16, (outputs, columns), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(outputs, groups, generator=generator)
+    zeros = torch.randint(0, 16, (outputs, groups), generator=generator, dtype=torch.uint8)
+    xq, sx = draw_x(rows, columns, generator)
+    if extreme:
+        codes.fill_(15), zeros.fill_(0), xq.fill_(-128)
+    return (xq, sx, kernels.pack_w4_cpu(pack_words(codes)), scales, zeros), codes
+
+
+def draw_w8(rows, columns, outputs, seed=0, extreme=False):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-128, 128, (outputs, columns), generator=generator, dtype=torch.int8)
+    scale = torch.rand(outputs, generator=generator)
+    xq, sx = draw_x(rows, columns, generator)
+    if extreme:
+        codes.fill_(-128), xq.fill_(-128)
+    return (xq, sx, kernels.pack_w8_cpu(codes), scale), codes
+
+
+def by_hand(xq_MK, sx_M, codes_NK, scales_NG, zeros_NG, bias_N):
+    """The contract in numpy, one scalar operation of float32 at a time over whole numbers of int64."""
+    xq, codes, zeros = (tensor.numpy().astype(np.int64) for tensor in (xq_MK, codes_NK, zeros_NG))
+    size = xq.shape[1] // scales_NG.shape[1]
+    total = np.zeros((len(xq), len(codes)), np.float32)
+    for g in range(scales_NG.shape[1]):
+        part = slice(g * size, (g + 1) * size)
+        inner = xq[:, part] @ (codes[:, part] - zeros[:, g : g + 1]).T
+        total = total + inner.astype(np.float32) * scales_NG[:, g].numpy()
+    return torch.from_numpy(total * sx_M.numpy()[:, None] + bias_N.numpy())
+
+
+def same(found, wanted, what):
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape, f"{what}: {found.dtype} {tuple(found.shape)}"
+    apart = (found != wanted).sum().item()
+    assert torch.equal(found, wanted), f"{what}: {apart} of {found.numel()} results differ from the reference"
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+def test_reference_of_4_bits_is_the_contract(group):
+    arguments, codes = draw_w4(7, 384, 21, group)
+    xq, sx, _, scales, zeros = arguments
+    bias = torch.randn(21, generator=torch.Generator().manual_seed(1))
+    wanted = by_hand(xq, sx, codes, scales, zeros, bias)
+    same(reference.w4a8_linear(*arguments, bias, torch.float32), wanted, f"group {group}")
+    same(reference.w4a8_linear(*arguments, bias, torch.bfloat16), wanted.bfloat16(), f"group {group} bfloat16")
+
+
+def test_reference_of_8_bits_is_the_contract():
+    arguments, codes = draw_w8(7, 383, 21)
+    xq, sx, _, scale = arguments
+    bias = torch.randn(21, generator=torch.Generator().manual_seed(1))
+    wanted = by_hand(xq, sx, codes, scale[:, None], torch.zeros(21, 1, dtype=torch.uint8), bias)
+    same(reference.w8a8_linear(*arguments, bias, torch.float32), wanted, "K 383")
+
+
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_layouts_are_as_documented_and_return_every_code(outputs):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (outputs, 40), generator=generator, dtype=torch.uint8)
+    packed = kernels.pack_w4_cpu(pack_words(codes))
+    assert packed.shape == (-(-outputs // 16), 5, 64)
+    assert torch.equal(layouts.unpack_w4_cpu(packed, outputs), codes)
+    n, k = outputs - 1, 29  # row n % 16 of its tile, piece 3, 29 - 24 = 5: high nibble of byte 1
+    assert packed[n // 16, 3, 4 * (n % 16) + 1] >> 4 == codes[n, k]
+    assert packed.view(-1, 5, 16, 4).transpose(1, 2).reshape(-1, 20)[outputs:].count_nonzero() == 0, "rows past N are zero"
+
+    codes = torch.randint(-128, 128, (outputs, 41), generator=generator, dtype=torch.int8)
+    packed = kernels.pack_w8_cpu(codes)
+    assert packed.shape == (-(-outputs // 16), 11, 64)
+    assert torch.equal(layouts.unpack_w8_cpu(packed, outputs, 41), codes)
+    assert packed[n // 16, 7, 4 * (n % 16) + 1].int() == codes[n, k].int() + 128
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+def test_4_bit_kernel_equals_the_reference_to_the_bit(compiled, isa, group):
+    use(compiled, isa)
+    for rows in ROWS:
+        for outputs in OUTPUTS:
+            for columns in (128, 384) if group > 0 else (8, 136, 1000):
+                arguments, _ = draw_w4(rows, columns, outputs, group, rows + outputs)
+                bias = torch.randn(outputs) if rows % 2 else None
+                for dtype in DTYPES:
+                    what = f"M={rows} N={outputs} K={columns} g={group} {dtype} {build.ISA[isa]}"
+                    same(ops.w4a8_linear(*arguments, bias, dtype), reference.w4a8_linear(*arguments, bias, dtype), what)
+
+
+@EVERY_ISA
+def test_8_bit_kernel_equals_the_reference_to_the_bit(compiled, isa):
+    use(compiled, isa)
+    for rows in ROWS:
+        for outputs in OUTPUTS:
+            for columns in (1, 4, 97, 768):
+                arguments, _ = draw_w8(rows, columns, outputs, rows + outputs)
+                bias = torch.randn(outputs) if rows % 2 else None
+                for dtype in DTYPES:
+                    what = f"M={rows} N={outputs} K={columns} {dtype} {build.ISA[isa]}"
+                    same(ops.w8a8_linear(*arguments, bias, dtype), reference.w8a8_linear(*arguments, bias, dtype), what)
+
+
+@EVERY_ISA
+def test_largest_sums_do_not_saturate(compiled, isa):
+    use(compiled, isa)
+    w4, _ = draw_w4(3, 65528, 17, -1, extreme=True)
+    same(ops.w4a8_linear(*w4, None, torch.float32), reference.w4a8_linear(*w4, None, torch.float32), "4 bits")
+    w8, _ = draw_w8(3, 65535, 17, extreme=True)
+    same(ops.w8a8_linear(*w8, None, torch.float32), reference.w8a8_linear(*w8, None, torch.float32), "8 bits")
+
+
+@EVERY_ISA
+def test_activations_are_quantised_as_the_reference_does_it(compiled, isa):
+    use(compiled, isa)
+    generator = torch.Generator().manual_seed(0)
+    for columns in (0, 1, 8, 40, 97, 1025):
+        x = torch.randn(9, columns, generator=generator)
+        if columns:
+            x[1] = 0  # a row of zeros
+            x[2] = -3.0  # constant
+            x[3, columns // 2] = 1e30  # one outlier
+            x[4] = torch.arange(columns) % 255 / 2 - 63.5  # halves when the largest is 127: ties
+            x[4, 0] = 127
+            x[5] = 1e-45  # sx is not above 0
+            x[6] = 180e-45  # sx has one bit
+            x[7, -1] = torch.inf
+            x[8, 0] = torch.nan
+        for dtype in DTYPES:
+            found, wanted = ops.quantize_per_token(x.to(dtype)), reference.quantize_per_token(x.to(dtype))
+            what = f"K={columns} {dtype} {build.ISA[isa]}"
+            same(found[0], wanted[0], f"{what} codes")
+            assert torch.equal(found[1].nan_to_num(-1), wanted[1].nan_to_num(-1)), f"{what}: sx {found[1]} and {wanted[1]}"
+
+
+def test_codes_and_scales_of_known_rows():
+    x = torch.tensor([[0.0, 0.0, 0.0], [127.0, 0.5, -1.5], [-254.0, 254.0, 3.0]])
+    xq, sx = reference.quantize_per_token(x)
+    assert xq.tolist() == [[0, 0, 0], [127, 0, -2], [-127, 127, 2]] and sx.tolist() == [1.0, 1.0, 2.0], "ties go to even"
+    xq, sx = reference.quantize_per_token(torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0]]))
+    assert xq.tolist() == [[0, 0], [0, 0]] and sx[0].isnan() and sx[1].isinf()
+
+
+@EVERY_ISA
+def test_rows_that_are_not_finite_stay_visible_and_touch_no_other(compiled, isa):
+    use(compiled, isa)
+    arguments, _ = draw_w4(0, 128, 33, 32)
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    clean = ops.w4a8_linear(*ops.quantize_per_token(x), *arguments[2:], None, torch.float32)
+    x[1, 5], x[2, 7] = torch.nan, torch.inf
+    found = ops.w4a8_linear(*ops.quantize_per_token(x), *arguments[2:], None, torch.float32)
+    assert found[1:].isnan().all() and torch.equal(found[0], clean[0])
+
+
+def test_every_result_is_written_and_nothing_behind_it(compiled):
+    """Freed memory full of NaN is handed out again; an unwritten result would show."""
+    compiled.use_isa(-1)
+    for rows, outputs in ((1, 113), (6, 65), (37, 17)):
+        w4, _ = draw_w4(rows, 256, outputs, 64)
+        w8, _ = draw_w8(rows, 97, outputs)
+        for dtype in DTYPES:
+            for op, plain, arguments in ((ops.w4a8_linear, reference.w4a8_linear, w4), (ops.w8a8_linear, reference.w8a8_linear, w8)):
+                wanted = plain(*arguments, None, dtype)
+                poison = [torch.full((rows, outputs), torch.nan, dtype=dtype) for _ in range(8)]
+                del poison
+                same(op(*arguments, None, dtype), wanted, f"{op} {rows} rows {dtype}")
+
+
+def test_result_depends_on_neither_the_threads_nor_the_other_rows_nor_the_strides(compiled):
+    compiled.use_isa(-1)
+    arguments, _ = draw_w4(29, 512, 1041, 128)
+    xq, sx, weight, scales, zeros = arguments
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = ops.w4a8_linear(*arguments, None, torch.float32)
+        x = torch.randn(29, 512, generator=torch.Generator().manual_seed(0))
+        quantised = ops.quantize_per_token(x)
+        torch.set_num_threads(1)
+        same(ops.w4a8_linear(*arguments, None, torch.float32), together, "1 thread")
+        same(ops.quantize_per_token(x)[0], quantised[0], "1 thread, codes")
+    finally:
+        torch.set_num_threads(threads)
+    for num in (1, 2, 6, 7, 16):
+        same(ops.w4a8_linear(xq[:num], sx[:num], weight, scales, zeros, None, torch.float32), together[:num], f"{num} rows")
+    by_column = (scales.mT.contiguous().mT, zeros.mT.contiguous().mT)
+    same(ops.w4a8_linear(xq, sx, weight, *by_column, None, torch.float32), together, "scales kept by columns")
+    wide = torch.empty(29, 1024, dtype=torch.int8)[:, ::2].copy_(xq)
+    same(ops.w4a8_linear(wide, sx, weight, scales, zeros, None, torch.float32), together, "strided codes")
+    same(ops.quantize_per_token(x.mT.contiguous().mT)[0], quantised[0], "strided x")
+
+
+def test_public_functions_run_the_kernels_and_the_reference_with_the_same_bits(compiled):
+    compiled.use_isa(-1)
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
+    w4, _ = draw_w4(0, 256, 40, 64)
+    w8, _ = draw_w8(0, 256, 40)
+
+    def both():
+        xq, sx = kernels.quantize_per_token(x)
+        return kernels.w4a8_linear(xq, sx, *w4[2:], 64), kernels.w8a8_linear(xq, sx, *w8[2:], dtype=torch.bfloat16)
+
+    try:
+        fast = both()
+        kernels.set_backend("reference")
+        for found, wanted in zip(both(), fast, strict=True):
+            same(found, wanted, "reference back end")
+    finally:
+        kernels.set_backend("auto")
+
+
+def test_opcheck_accepts_the_ops(compiled):
+    w4, _ = draw_w4(2, 128, 17, 64)
+    w8, _ = draw_w8(2, 97, 17)
+    for dtype in DTYPES:
+        torch.library.opcheck(ops.quantize_per_token, (torch.randn(3, 40).to(dtype),))
+        torch.library.opcheck(ops.w4a8_linear, (*w4, torch.randn(17), dtype))
+        torch.library.opcheck(ops.w8a8_linear, (*w8, None, dtype))
+
+
+def change(arguments, **other):
+    names = ("xq_MK", "sx_M", "weight", "scales_NG", "zeros_NG")
+    return {**dict(zip(names, arguments, strict=True)), "group_size": 64, **other}
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"group_size": 48}, "groups of 48 do not fit K = 128"),
+        ({"xq_MK": torch.zeros(2, 96, dtype=torch.int8)}, "groups of 64 do not fit K = 96"),
+        ({"xq_MK": torch.zeros(2, 128)}, "expected xq int8"),
+        ({"sx_M": torch.zeros(3)}, "expected xq int8"),
+        ({"weight": torch.zeros(2, 15, 64, dtype=torch.uint8)}, "is not the layout of 17 rows and K = 128"),
+        ({"zeros_NG": torch.zeros(17, 1, dtype=torch.uint8)}, "zeros torch.uint8 (17, 1), expected torch.uint8 (N, 2)"),
+        ({"scales_NG": torch.zeros(17, 2, dtype=torch.float64)}, "expected torch.float32"),
+        ({"bias_N": torch.zeros(16)}, "bias has shape (16,)"),
+        ({"dtype": torch.float16}, "no results in torch.float16"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(other, message):
+    arguments, _ = draw_w4(2, 128, 17, 64)
+    with pytest.raises(ConfigError) as caught:
+        kernels.w4a8_linear(**change(arguments, **other))
+    assert message in caught.value.message
+
+
+def test_wrong_matrices_are_refused_by_name():
+    with pytest.raises(ConfigError, match="expected x"):
+        kernels.quantize_per_token(torch.zeros(3))
+    with pytest.raises(ConfigError, match="expected int32"):
+        kernels.pack_w4_cpu(torch.zeros(3, 4, dtype=torch.uint8))
+    with pytest.raises(ConfigError, match="expected int8"):
+        kernels.pack_w8_cpu(torch.zeros(3, 4, dtype=torch.uint8))
+    arguments, _ = draw_w8(2, 97, 17)
+    with pytest.raises(ConfigError, match="is not the layout"):
+        kernels.w8a8_linear(*arguments[:2], torch.zeros(2, 24, 64, dtype=torch.uint8), arguments[3])
