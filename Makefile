@@ -1,8 +1,9 @@
 # setup  make .venv with arsp in it            demo       the main job for real, in minutes
-# test   all tests that need no GPU            lint       ruff
+# test   all tests that need no GPU, JOBS=2     lint       ruff
 # gpu-check OUT=DIR   GPU tests and timings, recorded in DIR
 PYTHON ?= python3
 OUT ?= out/gpu-check
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.arsp-installed
 export OMP_WAIT_POLICY := PASSIVE
@@ -20,7 +21,7 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
