@@ -84,10 +84,10 @@ class QuantisedWeight:
         return self.zeros_NG is None
 
     @classmethod
-    def of(cls, w_NGg: Tensor, grid: Grid, bits: int) -> QuantisedWeight:
-        """``w_NGg`` on a grid that broadcasts to (N, G, 1)."""
-        symmetric, (num_rows, num_groups, size) = grid.first < 0, w_NGg.shape
-        codes_NK = grid.encode(w_NGg).flatten(1).to(torch.int8 if symmetric else torch.uint8)
+    def of(cls, codes_NGg: Tensor, grid: Grid, bits: int) -> QuantisedWeight:
+        """Codes on a grid that broadcasts to (N, G, 1)."""
+        symmetric, (num_rows, num_groups, size) = grid.first < 0, codes_NGg.shape
+        codes_NK = codes_NGg.flatten(1).to(torch.int8 if symmetric else torch.uint8)
         scales_NG, zeros_NG = (part.expand(num_rows, num_groups, 1)[..., 0].contiguous() for part in (grid.scale, grid.zero))
         zeros_NG = None if symmetric else zeros_NG.to(torch.uint8)
         return cls(codes_NK, scales_NG.float(), zeros_NG, bits, CHANNEL if num_groups == 1 else size)
@@ -124,12 +124,8 @@ def quantise_weight(
     symmetric = bits == 8 if symmetric is None else symmetric
     w_NGg = grouped(weight_NK, bits, group_size, name)
     dims = (0, 1, 2) if group_size == TENSOR else 2
-    grid = Grid.of(w_NGg, dims, bits, symmetric)
-    if search == "mse":
-        grid = _shrink(w_NGg, grid, dims, bits, symmetric, gram_KK)
-    elif search != "min_max":
-        raise ConfigError(f"scale search '{search}' is not known.", hint="Use min_max or mse.")
-    return QuantisedWeight.of(w_NGg, grid, bits)
+    grid = weight_grid(w_NGg, dims, bits, symmetric, search, gram_KK)
+    return QuantisedWeight.of(grid.encode(w_NGg), grid, bits)
 
 
 def grouped(weight_NK: Tensor, bits: int, group_size: int, name: str = "weight") -> Tensor:
@@ -147,19 +143,27 @@ def grouped(weight_NK: Tensor, bits: int, group_size: int, name: str = "weight")
     return weight_NK.float().unflatten(1, (-1, size if size > 0 else weight_NK.shape[1]))
 
 
-def _shrink(w_NGg: Tensor, full: Grid, dims: int | Sequence[int], bits: int, symmetric: bool, gram_KK: Tensor | None) -> Grid:
+def weight_grid(
+    w_NGg: Tensor, dims: int | Sequence[int], bits: int, symmetric: bool, search: str = "min_max", gram_KK: Tensor | None = None
+) -> Grid:
+    """The grid of grouped weights, one range over ``dims``; ``search`` and ``gram_KK`` as in :func:`quantise_weight`."""
     low, high = w_NGg.amin(dims, keepdim=True), w_NGg.amax(dims, keepdim=True)
-    num_groups, size = w_NGg.shape[1:]
+    best = Grid.of_range(low, high, bits, symmetric)
+    if search == "min_max":
+        return best
+    if search != "mse":
+        raise ConfigError(f"scale search '{search}' is not known.", hint="Use min_max or mse.")
     gram_Ggg = None
     if gram_KK is not None:
-        gram_Ggg = torch.stack([gram_KK[g : g + size, g : g + size] for g in range(0, num_groups * size, size)]).float()
+        size = w_NGg.shape[2]
+        gram_Ggg = torch.stack([gram_KK[k : k + size, k : k + size] for k in range(0, len(gram_KK), size)]).to(w_NGg.dtype)
 
     def error(grid: Grid) -> Tensor:
         d_NGg = grid.fake_quantise(w_NGg) - w_NGg
         other = d_NGg if gram_Ggg is None else torch.einsum("ngk,gkj->ngj", d_NGg, gram_Ggg)
         return (d_NGg * other).sum(dims, keepdim=True)
 
-    best, least = full, error(full)
+    least = error(best)
     for factor in MSE_FACTORS[1:]:
         grid = Grid.of_range(low * factor, high * factor, bits, symmetric)
         found = error(grid)
