@@ -28,6 +28,7 @@ COVERED = frozenset(  # kinds with a parity test
     {
         "ar_table",
         "code",
+        "ct_pack",
         "flowmap",
         "gpt_c2i",
         "gpt_t2i",
@@ -38,6 +39,7 @@ COVERED = frozenset(  # kinds with a parity test
         "litevar_windows",
         "llamagen_dd",
         "mixdq_quant",
+        "qserve_pack",
         "rotate_scale",
         "seeded_fixedpoint",
         "sjd_verify",
