@@ -28,6 +28,7 @@ GPT_B, VAR = ["llamagen-b-256", *EAGER, "--dtype", "bfloat16"], ["var-d16", "var
 TIMINGS = {  # the official way of a VAR is in float32, and a VAR is timed to its images; the others make codes
     "embedded AR, batch 1": ["llamagen", "--no-decode", "--batch-size", "1", "--repeats", "10"],
     "embedded AR, batch 32": ["llamagen", "--no-decode", "--batch-size", "32", "--repeats", "10"],
+    "embedded AR and seeded, batch 1": ["llamagen", "llamagen,sampler=seeded", "--compare", "--no-decode", "--batch-size", "1"],
     "LlamaGen-B 256, batch 1": [*GPT_B, "--no-decode", "--batch-size", "1"],
     "LlamaGen-B 256, batch 32": [*GPT_B, "--no-decode", "--batch-size", "32"],
     "VAR-d16 256, batch 1": [*VAR, "--parts", "--batch-size", "1"],

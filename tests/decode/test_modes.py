@@ -11,6 +11,7 @@ from arsp.decode.trees import DraftTree
 from arsp.errors import ConfigError
 from arsp.metrics.exact import mode_generator
 from arsp.protocols import Layout, Request
+from arsp.stack import StackConfig, build
 
 IMAGE = Layout.raster(16, 16)
 SMALL = {"draft_model": "smaller"}
@@ -128,3 +129,17 @@ def test_settled_options_settle_to_themselves():
     for name, mode in MODES.items():
         options = settled(name, **(SMALL if mode.needs_draft else {}))
         assert settle(name, options, IMAGE) == options, name
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", list(MODES))
+def test_every_mode_makes_images_of_the_embedded_teacher(name, device):
+    """And the seeded one those of plain sampling."""
+    options = {"draft_model": "llamagen-small"} if MODES[name].needs_draft else {}
+    stack = build(StackConfig(model="llamagen", sampler=name, verify=options), device)
+    request = stack.request(torch.arange(4), 3, torch.arange(4))
+    codes = stack.generator.generate(request).codes_BL
+    assert codes.shape == (4, 16) and codes.device.type == device and 0 <= int(codes.min()) <= int(codes.max()) < 256
+    if name == "seeded":
+        plain = build(StackConfig(model="llamagen"), device).generator.generate(request).codes_BL
+        assert torch.equal(codes, plain)
