@@ -27,7 +27,7 @@ import torch
 from arsp.errors import ResourceError
 
 SOURCES = Path(__file__).parent / "csrc" / "cpu"
-ISA = ("portable", "AVX2", "AVX-512", "AVX-512 with BF16")  # what arsp_use_isa of the library returns
+ISA = ("portable", "AVX2", "AVX-512", "AVX-512 with VNNI", "AVX-512 with BF16")  # what arsp_use_isa of the library returns
 COMPILE_FLAGS = ("-std=gnu++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp", "-Wno-psabi", "-Wno-attributes")
 COMPILE_SECONDS = 300  # give up after this long
 

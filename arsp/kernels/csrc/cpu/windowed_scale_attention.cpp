@@ -194,7 +194,7 @@ template <typename T>
 std::pair<AttendTile<T>, int> version() {
 #if defined(__x86_64__)
   if (isa == kAvx512Bf16) return {avx512_bf16::attend_tile<T>, 16};
-  if (isa == kAvx512) return {avx512::attend_tile<T>, 16};
+  if (isa >= kAvx512) return {avx512::attend_tile<T>, 16};
   if (isa == kAvx2) return {avx2::attend_tile<T>, 8};
 #endif
   return {portable::attend_tile<T>, 4};

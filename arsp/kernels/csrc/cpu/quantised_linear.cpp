@@ -1,0 +1,166 @@
+// arsp::quantize_per_token, arsp::w8a8_linear and arsp::w4a8_linear: linear layers of 8-bit activations and 8- or 4-bit weights.
+//
+// The weight lies in tiles of 16 rows (arsp/kernels/layouts.py): a register of it is 16 rows by 4 columns of unsigned bytes, met by 4
+// signed bytes of a row of x that fill another register. 4-bit codes become bytes in registers only. The sum of a group is exact; what
+// follows is float32, rounded operation by operation in the order of the reference, so every version gives the same bits. 8-bit codes
+// are stored plus 128, which is one group with the zero point 128.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <tuple>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "isa.h"
+
+namespace {
+
+using Bf16 = c10::BFloat16;
+
+constexpr int64_t kTile = 16;               // rows of a tile
+constexpr int64_t kPiece = 4 * kTile;       // bytes: 4 columns of 8-bit or 8 columns of 4-bit codes
+constexpr int kPrefetchBytes = 2048;        // how far ahead of the loads, along each tile
+constexpr int64_t kThreadBytes = 32 << 10;  // least weight traffic, times the rows of x, that is worth a thread
+constexpr int64_t kThreadValues = 1 << 15;  // least values to quantise that are worth a thread
+
+struct Layer {
+  const int8_t* xq;
+  const float* sx;
+  const int32_t* sums;  // (rows, groups): sums of the codes of x
+  const uint8_t* weight;
+  const float* scales;   // (groups, stride), padded to whole tiles
+  const uint8_t* zeros;  // likewise; not read with 8 bits
+  const float* bias;     // padded, or null
+  int64_t rows, columns, outputs, groups, stride;
+};
+
+#define ARSP_BLOCK "quantised_linear_block.h"
+#define ARSP_BLOCK_USES_VNNI
+#include "each_isa.h"
+
+#if defined(__x86_64__)
+#define ARSP_VERSION(...)                                 \
+  (isa >= kAvx512Vnni ? avx512_vnni::__VA_ARGS__          \
+   : isa == kAvx512   ? avx512::__VA_ARGS__               \
+   : isa == kAvx2     ? avx2::__VA_ARGS__                 \
+                      : portable::__VA_ARGS__)
+#else
+#define ARSP_VERSION(...) (portable::__VA_ARGS__)
+#endif
+
+// Without gaps, rows filled up with zeros to a multiple; the tensor itself where it lies so already.
+at::Tensor padded(const at::Tensor& t, int64_t multiple) {
+  const int64_t more = (multiple - t.size(1) % multiple) % multiple;
+  return more ? at::constant_pad_nd(t, {0, more}) : t.contiguous();
+}
+
+// (N) or (N, G) as (G, whole tiles).
+at::Tensor by_column(const at::Tensor& t) { return padded(t.dim() == 2 ? t.t() : t.unsqueeze(0), kTile); }
+
+// Threads split the tiles, so each result is one thread's sum in one fixed order.
+template <int kBits, typename Y>
+void run(Layer layer, at::Tensor& out) {
+  Y* y = out.data_ptr<Y>();
+  const auto version = ARSP_VERSION(tiles<kBits, Y>);
+  const int64_t tile_bytes = layer.columns * kTile * kBits / 8, worth = kThreadBytes / std::max<int64_t>(1, tile_bytes * layer.rows);
+  at::parallel_for(0, (layer.outputs + kTile - 1) / kTile, std::max<int64_t>(4, worth),
+                   [&](int64_t begin, int64_t end) { version(layer, begin, end, y); });
+}
+
+at::Tensor linear(int bits, const at::Tensor& xq, const at::Tensor& sx, const at::Tensor& weight, const at::Tensor& scales,
+                  const std::optional<at::Tensor>& zeros, const std::optional<at::Tensor>& bias, at::ScalarType dtype) {
+  const int64_t M = xq.size(0), K = xq.size(1), N = scales.size(0), groups = bits == 4 ? scales.size(1) : 1, step = bits == 4 ? 8 : 4;
+  TORCH_CHECK(xq.scalar_type() == at::kChar && sx.scalar_type() == at::kFloat && sx.dim() == 1 && sx.size(0) == M,
+              "quantised linear: expected xq int8 (M, K) and sx float32 (M)");
+  TORCH_CHECK(weight.scalar_type() == at::kByte && weight.dim() == 3 && weight.size(0) == (N + kTile - 1) / kTile &&
+                  weight.size(1) == (K + step - 1) / step && weight.size(2) == kPiece,
+              "quantised linear: the weight is not the packed layout of N = ", N, ", K = ", K);
+  TORCH_CHECK(scales.scalar_type() == at::kFloat && groups > 0 && K < 65536 && (bits == 8 || K % (groups * step) == 0),
+              "quantised linear: ", groups, " groups of float32 scales do not fit K = ", K);
+  TORCH_CHECK(!zeros || (zeros->scalar_type() == at::kByte && zeros->sizes() == scales.sizes()),
+              "quantised linear: expected zeros uint8 in the shape of the scales");
+  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == N), "quantised linear: expected bias (N)");
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "quantised linear: results are float32 or bfloat16");
+  at::Tensor out = at::empty({M, N}, xq.options().dtype(dtype));
+  if (out.numel() == 0) return out;
+
+  const at::Tensor x = padded(xq, step);
+  const at::Tensor sx_c = sx.contiguous(), weight_c = weight.contiguous(), scales_c = by_column(scales);
+  const at::Tensor zeros_c = zeros ? by_column(*zeros) : at::Tensor();
+  const at::Tensor bias_c = bias ? by_column(bias->to(at::kFloat)) : at::Tensor();
+  const int64_t columns = x.size(1);
+  const at::Tensor sums = at::empty({M, groups}, xq.options().dtype(at::kInt));
+  const auto sum = ARSP_VERSION(sum_groups);
+  at::parallel_for(0, M, std::max<int64_t>(1, kThreadValues / std::max<int64_t>(1, columns)), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      sum(x.const_data_ptr<int8_t>() + m * columns, columns / groups, groups, sums.data_ptr<int32_t>() + m * groups);
+  });
+
+  const Layer layer{x.const_data_ptr<int8_t>(),
+                    sx_c.const_data_ptr<float>(),
+                    sums.const_data_ptr<int32_t>(),
+                    weight_c.const_data_ptr<uint8_t>(),
+                    scales_c.const_data_ptr<float>(),
+                    zeros ? zeros_c.const_data_ptr<uint8_t>() : nullptr,
+                    bias ? bias_c.const_data_ptr<float>() : nullptr,
+                    M, columns, N, groups, scales_c.size(1)};
+  if (bits == 4) {
+    dtype == at::kFloat ? run<4, float>(layer, out) : run<4, Bf16>(layer, out);
+  } else {
+    dtype == at::kFloat ? run<8, float>(layer, out) : run<8, Bf16>(layer, out);
+  }
+  return out;
+}
+
+at::Tensor w8a8_linear(const at::Tensor& xq, const at::Tensor& sx, const at::Tensor& weight, const at::Tensor& scale,
+                       const std::optional<at::Tensor>& bias, at::ScalarType dtype) {
+  TORCH_CHECK(xq.dim() == 2 && scale.dim() == 1, "w8a8_linear: expected xq (M, K) and scale (N)");
+  return linear(8, xq, sx, weight, scale, std::nullopt, bias, dtype);
+}
+
+at::Tensor w4a8_linear(const at::Tensor& xq, const at::Tensor& sx, const at::Tensor& weight, const at::Tensor& scales,
+                       const at::Tensor& zeros, const std::optional<at::Tensor>& bias, at::ScalarType dtype) {
+  TORCH_CHECK(xq.dim() == 2 && scales.dim() == 2, "w4a8_linear: expected xq (M, K) and scales (N, G)");
+  return linear(4, xq, sx, weight, scales, zeros, bias, dtype);
+}
+
+template <typename X>
+void quantize_rows(const at::Tensor& x, at::Tensor& xq, at::Tensor& sx) {
+  const int64_t M = x.size(0), K = x.size(1);
+  const X* from = x.const_data_ptr<X>();
+  int8_t* to = xq.data_ptr<int8_t>();
+  float* scales = sx.data_ptr<float>();
+  const auto version = ARSP_VERSION(quantize_row<X>);
+  at::parallel_for(0, M, std::max<int64_t>(1, kThreadValues / std::max<int64_t>(1, K)), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) scales[m] = version(from + m * K, K, to + m * K);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_per_token(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() == 2, "quantize_per_token: expected x (M, K), got ", x.sizes());
+  const bool narrow = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(narrow || x.scalar_type() == at::kFloat, "quantize_per_token: expected float32 or bfloat16, got ", x.scalar_type());
+  at::Tensor xq = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kChar));
+  at::Tensor sx = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
+  const at::Tensor rows = x.contiguous();
+  narrow ? quantize_rows<Bf16>(rows, xq, sx) : quantize_rows<float>(rows, xq, sx);
+  return {xq, sx};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(arsp, CPU, m) {
+  m.impl("quantize_per_token", quantize_per_token);
+  m.impl("w8a8_linear", w8a8_linear);
+  m.impl("w4a8_linear", w4a8_linear);
+}
