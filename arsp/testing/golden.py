@@ -38,6 +38,7 @@ COVERED = frozenset(  # kinds with a parity test
         "litevar_quant",
         "litevar_windows",
         "llamagen_dd",
+        "mixdq_ip",
         "mixdq_quant",
         "qserve_pack",
         "rotate_scale",
