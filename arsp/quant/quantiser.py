@@ -1,13 +1,10 @@
-"""Uniform quantisers of weights and activations, and the exact integer product of a quantised linear layer.
+"""Uniform quantisers of weights and activations.
 
-One numeric contract holds for the reference below and for every kernel. With codes q and zero points z of the weight, one scale sw
-per output n and group g of inputs, and a token's integers xq with one scale sx per row m:
+A weight is whole numbers with a scale, and a zero point if asymmetric, per output, per group of inputs, or for all; a token is 8-bit
+integers with one scale. What their product is to the last bit stands in :func:`arsp.kernels.reference.integer_linear`.
 
-    y[m, n] = bias[n] + sx[m] sum_g sw[n, g] (sum_{k in g} q[n, k] xq[m, k] - z[n, g] sum_{k in g} xq[m, k])
-
-The parentheses are exact integers; the rest is float32, groups in ascending order. Rounding is half to even. Ranges always contain
-zero, so zero is exact (ViDiT-Q, arXiv 2406.02540; MixDQ, arXiv 2405.17873). A group of nothing but zeros gets scale 1 and codes that
-mean zero; the official code gives the whole tensor a scale of 1e-6 there.
+Rounding is half to even. Ranges always contain zero, so zero is exact (ViDiT-Q, arXiv 2406.02540; MixDQ, arXiv 2405.17873). A group of
+nothing but zeros gets scale 1 and codes that mean zero; the official code gives the whole tensor a scale of 1e-6 there.
 
 Shapes as in arsp/protocols.py, and of a linear layer: ``M`` rows, ``K`` inputs, ``N`` outputs, ``G`` groups of ``g`` inputs.
 """
@@ -21,7 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from arsp import kernels
 from arsp.errors import ConfigError, InputError
+from arsp.kernels import reference
 
 CHANNEL = -1  # group size: one scale per output
 TENSOR = 0  # group size: one scale for everything
@@ -207,9 +206,11 @@ def quantise_activation(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor,
     Dynamic, ``scale = max |x| / 127`` per token; or static with a given ``scale`` that broadcasts to tokens (one number, one a position):
     what does not fit then saturates.
     """
-    x = x.float()
-    grid = Grid.of(x, -1, 8, symmetric=True) if scale is None else Grid(scale[..., None].float(), torch.zeros(()), -128, 127)
-    return grid.encode(x).to(torch.int8), grid.scale[..., 0].expand(x.shape[:-1])
+    if scale is None:
+        xq_MK, sx_M = kernels.quantize_per_token(x.reshape(-1, x.shape[-1]))
+        return xq_MK.view(x.shape), sx_M.view(x.shape[:-1])
+    grid = Grid(scale[..., None].float(), torch.zeros((), device=x.device), -128, 127)
+    return _integers(x.float(), grid, torch.int8)
 
 
 def quantise_shifted(x: Tensor, shift: float = GELU_SHIFT) -> tuple[Tensor, Tensor]:
@@ -219,7 +220,14 @@ def quantise_shifted(x: Tensor, shift: float = GELU_SHIFT) -> tuple[Tensor, Tens
     """
     x = x.float() + shift
     grid = Grid.of_range(torch.zeros_like(x[..., :1]), x.amax(-1, keepdim=True), 8, symmetric=False)
-    return grid.encode(x).to(torch.uint8), grid.scale[..., 0]
+    return _integers(x, grid, torch.uint8)
+
+
+def _integers(x: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scales of tokens; one that is not finite gets the scale NaN, so that products with it are NaN."""
+    is_finite = x.isfinite().all(-1)
+    codes = grid.encode(x).where(is_finite[..., None], 0)
+    return codes.to(dtype), grid.scale[..., 0].where(is_finite, float("nan"))
 
 
 def fold_shift(weight: QuantisedWeight, bias_N: Tensor | None, shift: float = GELU_SHIFT) -> Tensor:
@@ -231,18 +239,5 @@ def fold_shift(weight: QuantisedWeight, bias_N: Tensor | None, shift: float = GE
 def integer_linear(
     xq_MK: Tensor, sx_M: Tensor, weight: QuantisedWeight, bias_N: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The contract at the top of this file in plain torch, (M, N): the definition that kernels are compared with.
-
-    ``xq_MK`` is int8 or (shifted inputs, with a folded bias) uint8. Integers are summed in float64, which is exact here.
-    """
-    num_groups = weight.scales_NG.shape[1]
-    x_GMg = xq_MK.double().unflatten(1, (num_groups, -1)).transpose(0, 1)
-    q_GNg = weight.codes_NK.double().unflatten(1, (num_groups, -1)).transpose(0, 1)
-    sums_GMN = x_GMg @ q_GNg.mT
-    if weight.zeros_NG is not None:
-        sums_GMN -= x_GMg.sum(-1, keepdim=True) * weight.zeros_NG.double().mT[:, None]
-    y_MN = torch.zeros(sums_GMN.shape[1:], dtype=torch.float32, device=xq_MK.device)
-    for sums_MN, scales_N in zip(sums_GMN.float(), weight.scales_NG.mT, strict=True):
-        y_MN += sums_MN * scales_N
-    y_MN *= sx_M[:, None]
-    return (y_MN if bias_N is None else y_MN + bias_N.float()).to(dtype)
+    """:func:`arsp.kernels.reference.integer_linear`, (M, N). ``xq_MK`` is int8, or uint8 of shifted inputs with their folded bias."""
+    return reference.integer_linear(xq_MK, sx_M, weight.codes_NK, weight.scales_NG, weight.zeros_NG, bias_N, dtype)

@@ -226,6 +226,14 @@ def test_static_scales_are_kept_and_saturate():
     assert xq.tolist() == [[[5, 100, -100]], [[50, 100, 0]]]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_token_that_is_not_finite_has_no_finite_scale(bad):
+    x = normal(3, 8)
+    x[1, 2] = bad
+    for _, sx in (quantise_activation(x), quantise_activation(x, torch.tensor(0.1)), quantise_shifted(x)):
+        assert sx.isfinite().tolist() == [True, False, True]
+
+
 def test_the_shifted_format_fits_inputs_after_a_gelu_and_its_bias_undoes_the_shift():
     x = F.gelu(1.5 * normal(64, 768), approximate="tanh")
     xq, sx = quantise_shifted(x)
