@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from arsp.config import StrictModel
 from arsp.decode.baselines import MarginalGenerator, SkipGenerator, class_frequencies, parse_baseline
-from arsp.decode.drafts import NGrams
+from arsp.decode.drafts import NGrams, Tape
 from arsp.decode.few_step import (
     FewStep,
     OfficialPrefixPolicy,
@@ -338,12 +339,16 @@ def _mode(config: StackConfig, model: LoadedModel, decoder: Any, pipeline: Logit
     if options.window == "auto":
 
         def plan(request: Request) -> WindowPlanner:
-            key = f"{model.sha256}-{model.dtype}-{decoder.guidance}-{pipeline}-{config.sampler}"
-            ids = torch.zeros(1, dtype=torch.int64, device=model.device)
+            key = f"{model.sha256}-{model.dtype}-{decoder.guidance}-{pipeline}-{config.sampler}-{parts.ngrams is not None}"
+            length = decoder.layout.num_tokens
+            tape = functools.cache(lambda rows: Tape.of(request.rows(torch.arange(rows) % request.batch_size), length, decoder.vocab_size))
 
             def check_drafts(logits_BmV: Tensor) -> None:
+                some = tape(len(logits_BmV))
                 codes = logits_BmV.new_zeros(logits_BmV.shape[:2], dtype=torch.int64)
-                pipeline.verify(logits_BmV, codes, 0, ids.expand(len(codes)), codes, Purpose.DRAFT)
+                if parts.ngrams is not None:
+                    parts.ngrams.fill(some, some.known_B + codes.shape[1] - 1)
+                pipeline.verify(logits_BmV, codes, 0, some.ids_B, codes, Purpose.DRAFT)
 
             log("timing passes of this model to choose windows (kept for the next run)")
             return WindowPlanner(measured(decoder, request, request.batch_size, key, after=check_drafts))
