@@ -17,6 +17,7 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -29,7 +30,6 @@ using Bf16 = c10::BFloat16;
 
 constexpr int64_t kTile = 16;               // rows of a tile
 constexpr int64_t kPiece = 4 * kTile;       // bytes: 4 columns of 8-bit or 8 columns of 4-bit codes
-constexpr int kPrefetchBytes = 2048;        // how far ahead of the loads, along each tile
 constexpr int64_t kThreadBytes = 32 << 10;  // least weight traffic, times the rows of x, that is worth a thread
 constexpr int64_t kThreadValues = 1 << 15;  // least values to quantise that are worth a thread
 
@@ -65,7 +65,10 @@ at::Tensor padded(const at::Tensor& t, int64_t multiple) {
 }
 
 // (N) or (N, G) as (G, whole tiles).
-at::Tensor by_column(const at::Tensor& t) { return padded(t.dim() == 2 ? t.t() : t.unsqueeze(0), kTile); }
+at::Tensor by_column(const at::Tensor& t) {
+  if (t.size(0) % kTile == 0 && t.stride(0) == 1 && (t.dim() == 1 || t.stride(1) == t.size(0) || t.size(1) == 1)) return t;
+  return padded(t.dim() == 2 ? t.t() : t.unsqueeze(0), kTile);
+}
 
 // Threads split the tiles, so each result is one thread's sum in one fixed order.
 template <int kBits, typename Y>
@@ -99,21 +102,21 @@ at::Tensor linear(int bits, const at::Tensor& xq, const at::Tensor& sx, const at
   const at::Tensor zeros_c = zeros ? by_column(*zeros) : at::Tensor();
   const at::Tensor bias_c = bias ? by_column(bias->to(at::kFloat)) : at::Tensor();
   const int64_t columns = x.size(1);
-  const at::Tensor sums = at::empty({M, groups}, xq.options().dtype(at::kInt));
+  std::vector<int32_t> sums(M * groups);
   const auto sum = ARSP_VERSION(sum_groups);
   at::parallel_for(0, M, std::max<int64_t>(1, kThreadValues / std::max<int64_t>(1, columns)), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
-      sum(x.const_data_ptr<int8_t>() + m * columns, columns / groups, groups, sums.data_ptr<int32_t>() + m * groups);
+      sum(x.const_data_ptr<int8_t>() + m * columns, columns / groups, groups, sums.data() + m * groups);
   });
 
   const Layer layer{x.const_data_ptr<int8_t>(),
                     sx_c.const_data_ptr<float>(),
-                    sums.const_data_ptr<int32_t>(),
+                    sums.data(),
                     weight_c.const_data_ptr<uint8_t>(),
                     scales_c.const_data_ptr<float>(),
                     zeros ? zeros_c.const_data_ptr<uint8_t>() : nullptr,
                     bias ? bias_c.const_data_ptr<float>() : nullptr,
-                    M, columns, N, groups, scales_c.size(1)};
+                    M, columns, N, groups, (N + kTile - 1) / kTile * kTile};
   if (bits == 4) {
     dtype == at::kFloat ? run<4, float>(layer, out) : run<4, Bf16>(layer, out);
   } else {

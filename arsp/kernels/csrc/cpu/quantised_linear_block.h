@@ -70,7 +70,7 @@ ARSP_TARGET inline void group_sums(const uint8_t* w, int64_t tile_bytes, const i
     ints piece[NT][kParts];
 #pragma GCC unroll 4
     for (int t = 0; t < NT; ++t) {
-      __builtin_prefetch(w + t * tile_bytes + kPrefetchBytes);
+      __builtin_prefetch(w + (NT + t) * tile_bytes, 0, 2);  // the same place in the next NT tiles, into the second-level cache
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) piece[t][p] = load_ints(w + t * tile_bytes + p * 4 * ARSP_LANES);
     }
