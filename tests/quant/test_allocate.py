@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 
 from arsp.errors import ConfigError, InputError
@@ -61,6 +62,20 @@ def test_the_choice_is_as_good_as_the_best_of_all(seed, scale):
         bits = allocate(layers, budget)
         assert total_cost(layers, bits) <= budget
         assert total_score(layers, bits) == pytest.approx(brute_force(layers, budget), rel=1e-9), f"budget {budget}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_layers_are_solved_to_the_optimum_not_near_it(seed):
+    """Against dynamic programming over whole costs."""
+    layers = problem(seed, 80)
+    budget = round(0.55 * sum(options[8].cost for options in layers.values()))
+    best = np.zeros(budget + 1)
+    for options in layers.values():
+        shifted = np.full((len(options), budget + 1), -np.inf)
+        for row, option in zip(shifted, options.values(), strict=True):
+            row[option.cost :] = best[: budget + 1 - option.cost] + option.score
+        best = shifted.max(0)
+    assert total_score(layers, allocate(layers, budget)) == pytest.approx(best[budget], rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -77,6 +77,7 @@ def test_what_is_packed_comes_back_exactly_and_has_the_bytes_that_were_foretold(
 def test_nibbles_lie_lowest_first_and_negative_words_are_whole():
     assert pack_int4(torch.tensor([1, 2, 3])).tolist() == [0x321]
     assert pack_int4(torch.full((8,), 15)).tolist() == [-1]
+    assert pack_int4(torch.tensor([0] * 7 + [8])).tolist() == [-(2**31)]
     assert unpack_int4(torch.tensor([-1, 0x21], dtype=torch.int32), 10).tolist() == [15] * 8 + [1, 2]
 
 
@@ -104,5 +105,7 @@ def test_damaged_files_are_named(bits):
         for damaged in (value[:-1], value.double()):
             with pytest.raises(InputError, match="a.b"):
                 from_tensors(packed | {key: damaged}, "a.b")
+    with pytest.raises(InputError, match="do not fit"):
+        from_tensors(packed | {"a.b.weight_scale": torch.ones(16, 5)}, "a.b")
     with pytest.raises(InputError, match="finite"):
         from_tensors(packed | {"a.b.weight_scale": packed["a.b.weight_scale"] * float("nan")}, "a.b")

@@ -117,10 +117,17 @@ def test_zero_is_exact_in_every_row_and_zero_points_fit_four_bits():
     assert int(got.zeros_NG.min()) == 0 and int(got.zeros_NG.max()) == 15 and int(got.codes_NK.max()) == 15
 
 
-@pytest.mark.parametrize("tiny", [1e-38, 1e-44])
+@pytest.mark.parametrize("tiny", [1e-38, 1e-44, 3.1e-44])
 def test_denormal_ranges_stay_finite(tiny):
     weight = torch.full((2, 32), tiny)
     assert dequantise(quantise_weight(weight, 4)).isfinite().all() and dequantise(quantise_weight(weight, 8)).isfinite().all()
+    assert int(quantise_weight(-weight, 4).zeros_NG.max()) <= 15
+
+
+def test_what_is_outside_of_a_grid_gets_its_outermost_codes():
+    low, high = -torch.ones(1), torch.ones(1)
+    assert Grid.of_range(low, high, 4, symmetric=True).encode(torch.tensor([-10.0, 10.0])).tolist() == [-8, 7]
+    assert Grid.of_range(low, high, 4, symmetric=False).encode(torch.tensor([-10.0, 10.0])).tolist() == [0, 15]
 
 
 def test_one_outlier_spoils_its_own_group_only():

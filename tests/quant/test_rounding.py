@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arsp.errors import ConfigError, InputError, NumericalError
-from arsp.quant.quantiser import CHANNEL, dequantise, quantise_weight
+from arsp.quant.quantiser import CHANNEL, Grid, dequantise, quantise_weight
 from arsp.quant.rounding import InputMoments, awq, gptq
 from arsp.testing.tolerance import assert_close, assert_same
 
@@ -54,15 +54,23 @@ def test_gptq_on_uncorrelated_inputs_is_round_to_nearest(group):
     assert_close(got.scales_NG, expected.scales_NG, abs_tol=0, what="scales")
 
 
-def test_gptq_follows_its_definition_without_blocks():
-    """One column at a time with the inverse of what remains of H (optimal brain surgeon), scales per output: no Cholesky, no blocks."""
+@pytest.mark.parametrize("group", [CHANNEL, 32])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_follows_its_definition_without_blocks(group, act_order):
+    """One column at a time with the inverse of what remains of H (optimal brain surgeon): no Cholesky factor, no blocks."""
     weight, x = normal(8, 160), normal(400, 160, seed=1) @ normal(160, 160, seed=2)
     gram = (x.T @ x).double()
-    got = gptq(weight, gram, 4, CHANNEL)
+    got = gptq(weight, gram, 4, group, act_order=act_order)
     inverse = torch.linalg.inv(gram + 0.01 * gram.diagonal().mean() * torch.eye(160, dtype=torch.float64))
-    w, start = weight.double(), quantise_weight(weight, 4)
-    for column in range(160):
-        scale, zero = start.scales_NG[:, 0].double(), start.zeros_NG[:, 0].double()
+    w, size = weight.double(), 160 if group == CHANNEL else group
+    order = gram.diagonal().argsort(descending=True).tolist() if act_order else range(160)
+    for column in order:
+        first = column - column % size
+        if act_order:
+            scales = Grid.of(weight[:, first : first + size], 1, 4, symmetric=False)
+        elif column == first:
+            scales = Grid.of(w[:, first : first + size].float(), 1, 4, symmetric=False)
+        scale, zero = scales.scale[:, 0].double(), scales.zero[:, 0].double()
         codes = ((w[:, column] / scale).round() + zero).clamp(0, 15)
         assert_same(got.codes_NK[:, column], codes, f"column {column}")
         w = w - ((w[:, column] - (codes - zero) * scale) / inverse[column, column])[:, None] * inverse[column]
@@ -74,6 +82,7 @@ def test_gptq_gives_channels_without_input_weight_zero():
     x[:, [3, 40]] = 0
     got = dequantise(gptq(weight, x.T @ x, 4, 32))
     assert not got[:, [3, 40]].any() and got.isfinite().all()
+    assert not dequantise(gptq(weight, torch.zeros(64, 64), 4, 32)).any()
 
 
 @pytest.mark.parametrize("bits,group", [(4, CHANNEL), (4, 64)])
@@ -87,6 +96,9 @@ def test_awq_lowers_the_error_of_unseen_outputs_and_clipping_lowers_it_further(l
         seen[clip] = output_error(weight, dequantise(rounded) / scale, x)
     assert errors[False] < 0.9 * plain, f"{errors[False]:.4g}, nearest {plain:.4g}"
     assert seen[True] < seen[False], f"{seen[True]:.4g}, without clipping {seen[False]:.4g}"
+    inputs = x / scale
+    searched = quantise_weight(weight * scale, bits, group, search="mse", gram_KK=inputs.T @ inputs)
+    assert_close(dequantise(rounded), dequantise(searched), abs_tol=1e-5, what="ranges found with the inputs divided by the scale")
 
 
 def test_awq_on_equal_channels_is_round_to_nearest():
