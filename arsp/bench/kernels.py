@@ -1,8 +1,12 @@
 """Each kernel against torch where it is used: layers of LlamaGen GPT-B with weights streamed from memory as in decoding one
-image, attention of the last scale of VAR-d16, and the draws of a window of 16 tokens of LlamaGen and one more."""
+image, attention of the last scale of VAR-d16, the draws of a window of 16 tokens of LlamaGen and one more, and quantised layers of
+the smallest and largest models of both families that fit a CPU, with cold weights."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +21,16 @@ from arsp.kernels.reference import window_mask
 from arsp.rng import Purpose
 
 SHAPES = {"wqkv": (2304, 768), "wo": (768, 768), "w1": (2048, 768), "w2": (768, 2048), "output": (16384, 768)}  # (N, K) of GPT-B
+ROWS = (1, 2, 4, 8, 16)
+QUANTISED_SHAPES = {  # (N, K)
+    f"{model} {layer}": shape
+    for model, width, hidden in (("B", 768, 2048), ("XL", 1280, 3584), ("d16", 1024, 4096), ("d30", 1920, 7680))
+    for layer, shape in {"qkv": (3 * width, width), "proj": (width, width), "fc1": (hidden, width), "fc2": (width, hidden)}.items()
+}
+QUANTISED_ROWS = (1, 16, 256)
+GROUP_SIZE = 128
+MAX_INT4_ROWS = 16  # torch's product of 4-bit weights is meant for few rows
+CALLS = 50  # of quantize_per_token in a timed region
 STREAM_BYTES = 96 << 20  # copies of a weight that are cycled through: more than the last-level cache of most processors
 MAPS = {  # official sides of VAR by pixels
     256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
@@ -128,3 +142,114 @@ def _draw_line(
         "kernel_us": timings["kernel"].median_ms * 1e3, "torch_us": timings["torch"].median_ms * 1e3,
         "ratio": ratio.value, "low": ratio.low, "high": ratio.high,
     }  # fmt: skip
+
+
+@torch.inference_mode()
+def bench_quantize_per_token(
+    rows: list[int], dtype: torch.dtype, *, repeats: int = 9, progress: Callable[[int], None] | None = None
+) -> list[dict[str, Any]]:
+    """One line per (width, rows), against the same in torch."""
+    lines = []
+    for columns in sorted({columns for _, columns in QUANTISED_SHAPES.values()}):
+        for num in rows:
+            x = torch.randn(num, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+            work = {"kernel": lambda x=x: _many(kernels.quantize_per_token, x), "torch": lambda x=x: _many(reference.quantize_per_token, x)}
+            timings = measure(work, repeats=repeats, memory=False)
+            ratio = speedup(timings["kernel"], timings["torch"])
+            kernel_us, torch_us = (timings[name].median_ms * 1e3 / CALLS for name in ("kernel", "torch"))
+            lines.append({
+                "layer": f"width {columns}", "columns": columns, "rows": num, "kernel_us": kernel_us, "torch_us": torch_us,
+                "ratio": ratio.value, "low": ratio.low, "high": ratio.high,
+            })  # fmt: skip
+            if progress:
+                progress(1)
+    return lines
+
+
+def _many(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> None:
+    for _ in range(CALLS):
+        function(x)
+
+
+@torch.inference_mode()
+def bench_quantised_linear(
+    bits: int, rows: list[int], dtype: torch.dtype, *, repeats: int = 9, progress: Callable[[int], None] | None = None
+) -> list[dict[str, Any]]:
+    """One line per (layer, rows): quantising the input and the product, against torch's linear in ``dtype`` and against the fastest
+    integer product of this torch that runs here (``peer``: None where there is none). Every callable cycles
+    through its own copies of the weight."""
+    lines = []
+    for name, (outputs, columns) in QUANTISED_SHAPES.items():
+        copies = max(2, STREAM_BYTES * 8 // (outputs * columns * bits))
+        weight = torch.randn(outputs, columns, generator=torch.Generator().manual_seed(0))
+        layers = {"kernel": _quantised(bits, weight), "torch": (F.linear, (weight.to(dtype),)), **_peers(weight)}
+        stored = {key: (call, [_copied(arguments) for _ in range(copies)]) for key, (call, arguments) in layers.items()}
+        for num in rows:
+            x = torch.randn(num, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+            inputs = dict.fromkeys(stored, x) | {"dynamic int8": x.float(), "int4 weight": x.bfloat16()}
+            work = {key: partial(_cycle, call, inputs[key], weights) for key, (call, weights) in stored.items()}
+            if num > MAX_INT4_ROWS:
+                work.pop("int4 weight", None)
+            timings = measure(work, repeats=repeats, memory=False)
+            microseconds = {key: timing.median_ms * 1e3 / copies for key, timing in timings.items()}
+            peer = min(timings.keys() - {"kernel", "torch"}, key=microseconds.__getitem__, default=None)
+            ratio = speedup(timings["kernel"], timings["torch"])
+            lines.append({
+                "layer": name, "outputs": outputs, "columns": columns, "rows": num,
+                "kernel_us": microseconds["kernel"], "torch_us": microseconds["torch"],
+                "peer": peer, "peer_ratio": speedup(timings["kernel"], timings[peer]).value if peer else None,
+                "ratio": ratio.value, "low": ratio.low, "high": ratio.high,
+            })  # fmt: skip
+            if progress:
+                progress(1)
+    return lines
+
+
+def _cycle(call: Callable[..., Any], x: torch.Tensor, weights: list[tuple[Any, ...]]) -> None:
+    for arguments in weights:
+        call(x, *arguments)
+
+
+def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(copy.deepcopy(argument) for argument in arguments)
+
+
+def _quantised(bits: int, weight_NK: torch.Tensor) -> tuple[Callable[..., Any], tuple[torch.Tensor, ...]]:
+    """The layer from float to float, and its weight. Codes are random: only their number matters here."""
+    outputs, columns = weight_NK.shape
+    if bits == 8:
+
+        def layer(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return kernels.w8a8_linear(*kernels.quantize_per_token(x), packed, scale, dtype=x.dtype)
+
+        return layer, (kernels.pack_w8_cpu(weight_NK.mul(30).clamp(-127, 127).to(torch.int8)), torch.ones(outputs))
+    group = GROUP_SIZE if columns % GROUP_SIZE == 0 else -1
+    groups = columns // GROUP_SIZE if group > 0 else 1
+
+    def layer(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        return kernels.w4a8_linear(*kernels.quantize_per_token(x), packed, scales, zeros, group, dtype=x.dtype)
+
+    words = weight_NK.view(torch.int32)[:, : columns // 8]
+    return layer, (kernels.pack_w4_cpu(words), torch.ones(groups, outputs).mT, torch.full((groups, outputs), 8, dtype=torch.uint8).mT)
+
+
+def _peers(weight_NK: torch.Tensor) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Integer products of this torch that run on this machine: dynamic 8 bits (float32 in and out) and 4-bit weights with groups
+    (bfloat16 in and out)."""
+    outputs, columns = weight_NK.shape
+    found: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+    with contextlib.suppress(AttributeError, RuntimeError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that these functions are to go: a torch without them has no such peer
+        scales, zeros = torch.full((outputs,), 0.03, dtype=torch.float64), torch.zeros(outputs, dtype=torch.int64)
+        codes = torch.quantize_per_channel(weight_NK, scales, zeros, 0, torch.qint8)
+        packed = torch.ops.quantized.linear_prepack(codes, None)
+        torch.ops.quantized.linear_dynamic(torch.zeros(1, columns), packed, True)
+        found["dynamic int8"] = (lambda x, packed: torch.ops.quantized.linear_dynamic(x, packed, True)), (packed,)
+    with contextlib.suppress(AttributeError, RuntimeError):
+        codes_NK = (weight_NK * 4 + 8).clamp(0, 15).to(torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_NK, 1)
+        scales = torch.ones(columns // GROUP_SIZE, outputs, 2, dtype=torch.bfloat16)
+        torch.ops.aten._weight_int4pack_mm_for_cpu(torch.zeros(1, columns, dtype=torch.bfloat16), packed, GROUP_SIZE, scales)
+        call = lambda x, packed, scales: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP_SIZE, scales)  # noqa: E731
+        found["int4 weight"] = call, (packed, scales)
+    return found

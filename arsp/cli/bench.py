@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, get_args
 
 import typer
 from pydantic import Field
@@ -252,18 +252,22 @@ def parts_table(parts: dict[str, list[dict[str, Any]]]) -> Any:
     return make_table("exclusive wall clock of a call, by part", columns, rows)
 
 
+LAYER_OPS = ("small_linear", "quantize_per_token", "w8a8_linear", "w4a8_linear")  # those that --rows is about
+KernelOp = Literal["small_linear", "windowed_scale_attention", "keyed_argmax", "verify", "quantize_per_token", "w8a8_linear", "w4a8_linear"]
+
+
 class KernelBenchConfig(StrictModel):
     """What ``arsp bench kernels`` measures."""
 
-    op: Literal["all", "small_linear", "windowed_scale_attention", "keyed_argmax", "verify"] = "all"
-    rows: list[int] = Field(default=[1, 2, 4, 8, 16], min_length=1, description="rows of the input of small_linear")
+    op: Literal["all", KernelOp] = "all"
+    rows: list[int] | None = Field(None, min_length=1, description="rows of the input of layers")
     repeats: int = Field(9, ge=1, description="timed rounds")
     dtype: Literal["float32", "bfloat16"] = "float32"
     threads: int | None = Field(None, ge=1)
 
     @property
     def ops(self) -> tuple[str, ...]:
-        return ("small_linear", "windowed_scale_attention", "keyed_argmax", "verify") if self.op == "all" else (self.op,)
+        return get_args(KernelOp) if self.op == "all" else (self.op,)
 
 
 @command(
@@ -271,6 +275,7 @@ class KernelBenchConfig(StrictModel):
         "arsp bench kernels --threads 1",
         "arsp bench kernels --op small_linear --rows 2 --dtype bfloat16 --json",
         "arsp bench kernels --op windowed_scale_attention --fail-if 'ratio<1.5'",
+        "arsp bench kernels --op w4a8_linear --dtype bfloat16 --rows 1",
     ],
     shared=("dtype", "threads", "config", "out", "fail_if", "print_config"),
     schema=KernelBenchConfig,
@@ -281,18 +286,19 @@ def kernels(
         Optional[str],
         typer.Option(
             help="small_linear (layers of LlamaGen GPT-B), windowed_scale_attention (VAR-d16), keyed_argmax, verify (17 rows of "
-            "16384 codes) or all (default)"
+            "16384 codes), quantize_per_token, w8a8_linear, w4a8_linear (layers of LlamaGen-B and -XL, VAR-d16 and -d30) or all (default)"
         ),
     ] = None,
     rows: Annotated[
-        Optional[list[int]], typer.Option(min=1, help="Rows of the input of small_linear; may be repeated (default: 1 2 4 8 16)")
+        Optional[list[int]],
+        typer.Option(min=1, help="Rows of the input of layers; repeatable (default: 1 2 4 8 16; quantised: 1 16 256)"),
     ] = None,
     repeats: Annotated[Optional[int], typer.Option(help="Timed rounds (default: 9)")] = None,
 ) -> None:
     """Time the compiled CPU operators against torch on the shapes of official models. A ratio above 1: the kernel is faster."""
     config = ctx.resolve(KernelBenchConfig, {"op": op, "rows": rows or None, "repeats": repeats})
-    if rows and "small_linear" not in config.ops:
-        raise UsageError(f"--rows has no effect on {config.op}.", "It counts the rows of small_linear.")
+    if rows and not set(config.ops) & set(LAYER_OPS):
+        raise UsageError(f"--rows has no effect on {config.op}.", f"It counts the rows of {', '.join(LAYER_OPS)}.")
     ctx.plan(config)
     import torch
     from rich.console import Group
@@ -324,11 +330,16 @@ def time_kernels(ctx: CommandContext, config: KernelBenchConfig) -> dict[str, li
     from arsp.runs import check_stop
 
     dtype = getattr(torch, config.dtype)
+    rows, few = config.rows or list(timed.ROWS), config.rows or list(timed.QUANTISED_ROWS)
+    layers, widths = timed.QUANTISED_SHAPES, {columns for _, columns in timed.QUANTISED_SHAPES.values()}
     benches: dict[str, tuple[int, Any]] = {
-        "small_linear": (len(timed.SHAPES) * len(config.rows), partial(timed.bench_small_linear, config.rows)),
+        "small_linear": (len(timed.SHAPES) * len(rows), partial(timed.bench_small_linear, rows)),
         "windowed_scale_attention": (len(timed.MAPS), timed.bench_windowed_scale_attention),
         "keyed_argmax": (1, timed.bench_keyed_argmax),
         "verify": (len(timed.LAWS), timed.bench_verify),
+        "quantize_per_token": (len(widths) * len(few), partial(timed.bench_quantize_per_token, few)),
+        "w8a8_linear": (len(layers) * len(few), partial(timed.bench_quantised_linear, 8, few)),
+        "w4a8_linear": (len(layers) * len(few), partial(timed.bench_quantised_linear, 4, few)),
     }
     with ctx.progress(sum(benches[name][0] for name in config.ops), "shapes") as advance:
 

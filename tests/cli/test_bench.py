@@ -112,6 +112,7 @@ def test_kernel_record_holds_a_ratio_for_every_shape_of_the_chosen_ops(tmp_path,
     monkeypatch.setattr(bench_kernels, "measure", lambda work, **options: measure(work, repeats=1, warmup=0, memory=False))
     monkeypatch.setattr(bench_kernels, "MAPS", {48: (1, 2, 3), 64: (1, 2, 4)})
     monkeypatch.setattr(bench_kernels, "SHAPES", {"wo": (64, 32)})
+    monkeypatch.setattr(bench_kernels, "QUANTISED_SHAPES", {"proj": (64, 128)})
     monkeypatch.setattr(bench_kernels, "STREAM_BYTES", 1)
     monkeypatch.setattr(bench_kernels, "WINDOW_ROWS", 3)
     from typer.testing import CliRunner
@@ -124,10 +125,13 @@ def test_kernel_record_holds_a_ratio_for_every_shape_of_the_chosen_ops(tmp_path,
         "windowed_scale_attention": [f"d16 {px} px, window {r}, 2 rows" for px in (48, 64) for r in (1, 2, 3)],
         "keyed_argmax": ["plain, 3 rows"],
         "verify": ["plain, 3 rows", "top-k 2000, top-p 0.95, 3 rows"],
+        "quantize_per_token": ["width 128, 3 rows"],
+        "w8a8_linear": ["proj, 3 rows"],
+        "w4a8_linear": ["proj, 3 rows"],
     }
     kept = {}
     for op, names in (("all", list(expected)), *((name, [name]) for name in expected)):
-        rows = ["--rows", "3"] if "small_linear" in names else []
+        rows = ["--rows", "3"] if {"small_linear", "quantize_per_token", "w8a8_linear", "w4a8_linear"} & set(names) else []
         done = CliRunner().invoke(app, ["bench", "kernels", "--op", op, *rows, "--threads", "1", "--json"])
         assert done.exit_code == 0, done.output
         metrics = json.loads(done.stdout)["metrics"]
