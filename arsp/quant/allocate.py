@@ -6,7 +6,11 @@ parameters times bits, or microseconds; scores may be signal-to-noise ratios, or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,7 +92,10 @@ def _solve(layers: Mapping[str, Mapping[int, Option]], gains: np.ndarray, low: f
         LinearConstraint(costs[None] / unit, (low - allowance) / unit, (high + allowance) / unit),
     ]
     while True:
-        solution = milp(-gains, integrality=np.ones(len(gains)), bounds=Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": 0})
+        with _silent_stdout():
+            solution = milp(
+                -gains, integrality=np.ones(len(gains)), bounds=Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": 0}
+            )
         if solution.status == 2:
             return None
         if solution.x is None:
@@ -99,3 +106,20 @@ def _solve(layers: Mapping[str, Mapping[int, Option]], gains: np.ndarray, low: f
             return bits
         taken = np.cumsum([0, *sizes[:-1]]) + picks  # outside by less than the solver's tolerance: not this choice
         constraints.append(LinearConstraint(np.isin(np.arange(len(gains)), taken).astype(float)[None], -np.inf, len(sizes) - 1))
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """What C code prints to standard output is dropped: HiGHS (scipy 1.17) reports an inner step there, where results belong."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    stdout, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 1)
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(null)

@@ -3,6 +3,9 @@
 import itertools
 import math
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +121,18 @@ def test_mixed_bits_are_better_than_uniform_ones_of_the_same_mean():
     uniform = dict.fromkeys(layers, 4)
     bits = allocate(layers, total_cost(layers, uniform))
     assert total_score(layers, bits) > total_score(layers, uniform)
+
+
+def test_the_solver_writes_nothing_to_standard_output():
+    """HiGHS of scipy 1.17 has a line of its own to say about this problem."""
+    program = (
+        "from test_allocate import allocate, problem\n"
+        "layers = problem(20, 200)\n"
+        "allocate(layers, round(0.55 * sum(options[8].cost for options in layers.values())))\n"
+        "print('done')"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    assert run.stdout == "done\n"
 
 
 def test_bad_problems_are_named():
