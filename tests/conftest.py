@@ -34,3 +34,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first: processes that share the tests then end together."""
+    items.sort(key=lambda item: "test_readme" not in item.nodeid)
