@@ -506,4 +506,4 @@ def check_stop() -> None:
     """Raise Interrupted (exit code 130 or 143) when a stop was asked for. Call it where state on disk is complete."""
     if stop_requested():
         name, code = ("SIGTERM", EXIT_SIGTERM) if _Stop.requested == signal.SIGTERM else ("SIGINT", EXIT_SIGINT)
-        raise Interrupted(f"stopped by {name}", code, "run the same command again; trainings, trajectories and samples go on where they stopped")
+        raise Interrupted(f"stopped by {name}", code, "run the same command again; trainings and samples go on where they stopped")
