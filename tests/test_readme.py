@@ -27,6 +27,7 @@ BUDGET = {  # what is appended to the long ones
     "arsp bench llamagen-b-256": "--num 1 --repeats 1 --warmup 0",
     "arsp bench var-d16": "--num 1 --repeats 1 --warmup 0",
     "arsp bench --compare": "--repeats 2",
+    "arsp bench kernels": "--op verify --repeats 2",
     "arsp sparsify": "--num 8",
 }
 

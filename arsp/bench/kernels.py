@@ -27,7 +27,7 @@ QUANTISED_SHAPES = {  # (N, K)
     for model, width, hidden in (("B", 768, 2048), ("XL", 1280, 3584), ("d16", 1024, 4096), ("d30", 1920, 7680))
     for layer, shape in {"qkv": (3 * width, width), "proj": (width, width), "fc1": (hidden, width), "fc2": (width, hidden)}.items()
 }
-QUANTISED_ROWS = (1, 16, 256)
+QUANTISED_ROWS = (1, 16)
 GROUP_SIZE = 128
 MAX_INT4_ROWS = 16  # torch's product of 4-bit weights is meant for few rows
 CALLS = 50  # of quantize_per_token in a timed region

@@ -291,7 +291,7 @@ def kernels(
     ] = None,
     rows: Annotated[
         Optional[list[int]],
-        typer.Option(min=1, help="Rows of the input of layers; repeatable (default: 1 2 4 8 16; quantised: 1 16 256)"),
+        typer.Option(min=1, help="Rows of the input of layers; repeatable (default: 1 2 4 8 16; quantised: 1 16)"),
     ] = None,
     repeats: Annotated[Optional[int], typer.Option(help="Timed rounds (default: 9)")] = None,
 ) -> None:
