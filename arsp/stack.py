@@ -35,7 +35,7 @@ from arsp.decode.modes import MODES, Parts, VerifyConfig, build_mode, settle
 from arsp.decode.planner import WindowPlanner, measured
 from arsp.decode.schedule import ScaleRow, ScaleStep, describe_rows, load_schedule, parse_collab
 from arsp.decode.smooth import SmoothGenerator
-from arsp.errors import ConfigError, InputError
+from arsp.errors import ConfigError, InputError, nearest
 from arsp.protocols import Generation, Generator, Request
 from arsp.registry import Registry
 from arsp.rng import Purpose, keyed_labels
@@ -246,7 +246,8 @@ def check(config: StackConfig) -> ModelSource:
         if config.sampler in MODES:
             check_mode(config, source)
         else:
-            SAMPLERS.get(config.sampler)
+            if config.sampler not in (known := SAMPLERS.names()):
+                raise ConfigError(f"unknown sampler '{config.sampler}'", nearest(config.sampler, {*known, *MODES}))
             if config.verify != VerifyConfig():
                 raise ConfigError(
                     f"verify.*: options of a mode of the verify family, the sampler is {config.sampler}.", "Give --sampler MODE."

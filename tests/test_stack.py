@@ -400,3 +400,9 @@ def test_a_decoder_needs_a_tokenizer(tmp_path, monkeypatch):
     assert plain.decoder is None, "codes alone can be made"
     with pytest.raises(InputError, match="no tokenizer to decode"):
         stacks.build(StackConfig(model=str(tmp_path / "c2i_256.pt"), decoder_dtype="bfloat16"))
+
+
+def test_an_unknown_sampler_is_told_the_modes_too():
+    with pytest.raises(ConfigError) as caught:
+        stacks.check(StackConfig(sampler="mcc"))
+    assert "mcc" in caught.value.message and "mc" in caught.value.hint and "seeded" in caught.value.hint
