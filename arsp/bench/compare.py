@@ -92,7 +92,7 @@ def known_cost(stack: Stack, batch_size: int, decode: bool) -> dict[str, Any]:
     if stack.config.baseline is not None or stack.config.sampler != "ar":
         return block
     if isinstance(module, GPT):
-        config, halves, dtype = module.config, 2 if stack.guidance.active else 1, module.output.weight.dtype
+        config, halves, dtype = module.config, 2 if stack.guidance.active else 1, module.dtype
         slots = config.cls_token_num + config.block_size - 1
         block["kv_bytes"] = cost.kv_bytes(config, slots, halves * batch_size, dtype)
         if halves == 1 or stack.guidance.interval <= -1:

@@ -58,11 +58,11 @@ class RasterDecoder:
         cfg = self.model.config
         capacity = cfg.block_size - 1 if capacity is None else capacity
         condition, mask = self._condition(request)
-        weight = self.model.output.weight
+        dtype, device = self.model.dtype, self.model.device
         prefix = self.model.cls_embedding(condition)
         slots = cfg.cls_token_num + capacity
-        cache = KVCache(cfg.n_layer, prefix.shape[0], cfg.n_head, slots, cfg.head_dim, dtype=weight.dtype, device=weight.device)
-        lengths = torch.zeros(request.batch_size, dtype=torch.int64, device=weight.device)
+        cache = KVCache(cfg.n_layer, prefix.shape[0], cfg.n_head, slots, cfg.head_dim, dtype=dtype, device=device)
+        lengths = torch.zeros(request.batch_size, dtype=torch.int64, device=device)
         return RasterState(prefix, mask, cache, lengths)
 
     @torch.inference_mode()
@@ -121,7 +121,7 @@ class RasterDecoder:
 
     def _condition(self, request: Request) -> tuple[Tensor, Tensor | None]:
         """Conditional rows, then unconditional rows when guidance is on."""
-        cfg, device = self.model.config, self.model.output.weight.device
+        cfg, device = self.model.config, self.model.device
         if cfg.model_type == "c2i":
             if request.labels_B is None:
                 raise ConfigError("this model is class-conditional: the request carries no labels.", "Give --class.")
@@ -129,7 +129,7 @@ class RasterDecoder:
             return (torch.cat((labels, torch.full_like(labels, cfg.num_classes))) if self.guidance.active else labels), None
         if request.captions_BPE is None:
             raise ConfigError("this model is text-conditional: the request carries no caption features.")
-        captions = request.captions_BPE.to(self.model.output.weight)
+        captions = request.captions_BPE.to(device, self.model.dtype)
         mask = None if request.caption_mask_BP is None else request.caption_mask_BP.to(device)
         if self.guidance.active:  # note: the official sampler gives the null half the same caption mask
             null = self.model.cls_embedding.uncond_embedding.to(captions).expand_as(captions)

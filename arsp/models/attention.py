@@ -21,6 +21,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         return linear(x, self.weight, self.bias, gelu=gelu)
 
+    def outputs(self, x: Tensor, first: int, stop: int, bias: Tensor | None = None) -> Tensor:
+        """Outputs ``first .. stop - 1`` alone, with this bias in place of the layer's own."""
+        return linear(x, self.weight[first:stop], bias)
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """``x weight^T + bias``, with ``gelu`` its GELU (tanh form); few rows through the kernel, many through oneDNN where it is faster."""

@@ -89,6 +89,8 @@ VARIANTS = {
 class GPT(nn.Module):
     """Logits of the next code from a conditioning prefix and the codes so far."""
 
+    feeds = {"norm": ("output",)}
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -111,6 +113,15 @@ class GPT(nn.Module):
         ctx = AttentionContext(total=P + n, mask=mask, is_causal=mask is None)
         h_BSC = self.backbone(self.tok_dropout(h_BSC), self.rope_table(h_BSC.device)[: P + n], ctx)
         return self.head(h_BSC[:, P - 1 :])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations; linear layers may be replaced by others that keep their weights in any form."""
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
 
     def backbone(self, h_BnC: Tensor, rope: Tensor, ctx: AttentionContext, policy: DensePolicy | None = None) -> Tensor:
         """All blocks. ``rope`` is ``(n, D/2, 2)`` or per row ``(B, n, D/2, 2)``."""
@@ -144,6 +155,10 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
+    feeds = {
+        "attention_norm": ("attention.wqkv",), "ffn_norm": ("feed_forward.w1", "feed_forward.w3"), "feed_forward.act": ("feed_forward.w2",)
+    }  # fmt: skip
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.attention = Attention(config)
@@ -177,11 +192,19 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w1 = Linear(config.dim, config.ffn_dim)
         self.w3 = Linear(config.dim, config.ffn_dim)
+        self.act = SwiGLU()
         self.w2 = Linear(config.ffn_dim, config.dim)
         self.ffn_dropout = nn.Dropout(config.ffn_dropout_p)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        return self.ffn_dropout(self.w2(self.act(self.w1(x), self.w3(x))))
+
+
+class SwiGLU(nn.Module):
+    """``silu(gate) value``."""
+
+    def forward(self, gate: Tensor, value: Tensor) -> Tensor:
+        return F.silu(gate) * value
 
 
 class RMSNorm(nn.Module):

@@ -20,6 +20,8 @@ from arsp.models.llamagen import GPT, Block, GPTConfig, LabelEmbedder, RMSNorm, 
 class LlamaGenStudent(nn.Module):
     """Causal over [class, x_1 .. x_L]; two heads: logits over codes, and continuous codebook-space vectors."""
 
+    feeds = {"norm": ("output",)}
+
     def __init__(self, config: GPTConfig, code_dim: int):
         super().__init__()
         self.config, self.code_dim = config, code_dim
@@ -44,7 +46,7 @@ class LlamaGenStudent(nn.Module):
         for i, layer in enumerate(self.layers):
             h = layer(h, rope, i, ctx, self.policy)
         with torch.autocast(h.device.type, enabled=False):  # both heads in the weights' own precision
-            h, class_B1C = h.to(self.output.weight.dtype), class_B1C.to(self.output.weight.dtype)
+            h, class_B1C = h.to(self.norm.weight.dtype), class_B1C.to(self.norm.weight.dtype)
             return self.output(self.norm(h))[:, 1:].float(), self.final_layer_conti(h, class_B1C)[:, 1:].float()
 
     def rope_table(self, device: torch.device) -> Tensor:

@@ -100,6 +100,8 @@ class ClassTransformer(nn.Module):
     """Parts, conditioning, head and start that a VAR and its distilled student share; ``levels`` and ``length``: rows of the level
     and position tables, ``length_start``: positions that start from the class vector."""
 
+    feeds = {"head_nm.modulate": ("head",)}
+
     def __init__(self, config: VARConfig, levels: int, length: int, length_start: int):
         super().__init__()
         self.config = config
@@ -138,8 +140,7 @@ class ClassTransformer(nn.Module):
     def logits(self, h_RnC: Tensor, cond: Conditioning) -> Tensor:
         """Float32 logits ``(R, n, V)``; ``cond`` may have further rows."""
         scale, shift = (x[: len(h_RnC)] for x in cond.head)
-        h = modulate(h_RnC, scale, shift, self.config.norm_eps).to(self.dtype)
-        return self.head(h).float()
+        return self.head(self.head_nm.modulate(h_RnC, scale, shift, self.dtype)).float()
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None, adaln_gamma: float = 1e-3) -> None:
@@ -205,11 +206,13 @@ class VAR(ClassTransformer):
 class Block(nn.Module):
     """``x + g1 attn(LN(x) (1 + s1) + b1)``, then the same with the feed-forward layer; vectors g1, g2, s1, s2, b1, b2."""
 
+    feeds = {"norm1": ("attn.mat_qkv",), "norm2": ("ffn.fc1",), "ffn.act": ("ffn.fc2",)}
+
     def __init__(self, config: VARConfig, index: int):
         super().__init__()
         C = config.embed_dim
-        self.eps = config.norm_eps
         self.drop_path = config.drop_path_rate * index / max(1, config.depth - 1)
+        self.norm1, self.norm2 = Modulate(config.norm_eps), Modulate(config.norm_eps)
         self.attn = Attention(config)
         self.ffn = FeedForward(C, round(C * config.mlp_ratio))
         if config.shared_aln:
@@ -227,9 +230,9 @@ class Block(nn.Module):
         """``between`` (a student's mark of data and noise) is added behind the attention branch."""
         gain1, gain2, scale1, scale2, shift1, shift2 = vectors
         dtype = self.attn.q_bias.dtype
-        x = torch.addcmul(x, self._drop(gain1), self.attn(modulate(x, scale1, shift1, self.eps).to(dtype), layer, ctx, policy))
+        x = torch.addcmul(x, self._drop(gain1), self.attn(self.norm1(x, scale1, shift1, dtype), layer, ctx, policy))
         x = x if between is None else x + between
-        return torch.addcmul(x, self._drop(gain2), self.ffn(modulate(x, scale2, shift2, self.eps).to(dtype)))
+        return torch.addcmul(x, self._drop(gain2), self.ffn(self.norm2(x, scale2, shift2, dtype)))
 
     def _drop(self, gain_R1C: Tensor) -> Tensor:
         """Stochastic depth: a whole branch of a row is dropped in training."""
@@ -293,33 +296,45 @@ class Attention(nn.Module):
     def _project(self, x_RnC: Tensor, first: int, stop: int) -> Tensor:
         """Queries, keys and values: outputs first .. stop - 1 of ``mat_qkv`` with their bias, of which keys have none."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))[first:stop]
-        if type(self.mat_qkv) is Linear:
-            return linear(x_RnC, self.mat_qkv.weight[first:stop], bias)
-        return self.mat_qkv(x_RnC)[..., first:stop] + bias  # what stands in for it has no rows to pick
+        return self.mat_qkv.outputs(x_RnC, first, stop, bias)
 
 
 class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = Linear(width, hidden, bias=True)
+        self.act = GELU()
         self.fc2 = Linear(hidden, width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        fused = type(self.fc1) is Linear  # what stands in for it makes no GELU
-        return self.fc2(self.fc1(x, gelu=True) if fused else F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(self.act(self.fc1, x))
+
+
+class GELU(nn.Module):
+    """``GELU(layer(x))`` in its tanh form, made by the layer itself where it can."""
+
+    def forward(self, layer: Linear, x: Tensor) -> Tensor:
+        return layer(x, gelu=True)
 
 
 class AdaLNBeforeHead(nn.Module):
-    """Holds the linear layer that makes the head's scale and shift."""
+    """Holds the linear layer that makes the head's scale and shift, and the norm that takes them."""
 
     def __init__(self, config: VARConfig):
         super().__init__()
+        self.modulate = Modulate(config.norm_eps)
         self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.embed_dim, 2 * config.embed_dim, bias=True))
 
 
-def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """``LayerNorm(x) (1 + scale) + shift``, no weights of its own."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+class Modulate(nn.Module):
+    """``LayerNorm(x) (1 + scale) + shift`` in the precision of the vectors, given back in ``dtype``; no weights of its own."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=self.eps), 1 + scale).to(dtype)
 
 
 def block_causal_mask(sides: tuple[int, ...], device: torch.device | str | None = None) -> Tensor:

@@ -52,8 +52,7 @@ class VARStudent(ClassTransformer):
             h = block(h, cond.blocks[i], i, ctx, self.policy, mark(marks[i]))
         h = (h + mark(marks[-1]))[:, 1:]
         with torch.autocast(h.device.type, enabled=False):  # both heads in the weights' own precision
-            dtype = self.head.weight.dtype
-            return self.logits(h, cond), self.final_layer_conti(h.to(dtype), class_B1C.to(dtype)).float()
+            return self.logits(h, cond), self.final_layer_conti(h.to(self.dtype), class_B1C.to(self.dtype)).float()
 
     def levels_and_mask(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Level of every position ``(1 + L,)``, and who sees whom ``(1, 1, 1 + L, 1 + L)``; no part of the state dict."""
