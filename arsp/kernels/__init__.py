@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from arsp.kernels import build, ops, reference
 from arsp.kernels.layouts import TILE, pack_w4_cpu, pack_w8_cpu
 
 __all__ = [
-    "BACKENDS", "GROUP_SIZES", "MAX_ROWS", "OPS", "backends", "fuses_noise", "keyed_argmax", "pack_w4_cpu", "pack_w8_cpu",
-    "quantize_per_token", "set_backend", "skips_windows", "small_linear", "verify", "w4a8_linear", "w8a8_linear",
-    "windowed_scale_attention",
+    "BACKENDS", "GROUP_SIZES", "MAX_ROWS", "OPS", "TILE", "backends", "fuses_noise", "gelu_quantize", "keyed_argmax", "modulate_quantize",
+    "pack_w4_cpu", "pack_w8_cpu", "quantize_per_token", "rms_norm_quantize", "set_backend", "skips_windows", "small_linear",
+    "swiglu_quantize", "verify", "w4a8_linear", "w8a8_linear", "windowed_scale_attention",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -33,6 +34,10 @@ OPS = {  # name -> where its compiled kernel is used
     "keyed_argmax": "on the CPU without gradient, torch otherwise",
     "verify": "on the CPU without gradient, torch otherwise",
     "quantize_per_token": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
+    "rms_norm_quantize": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
+    "modulate_quantize": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
+    "swiglu_quantize": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
+    "gelu_quantize": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
     "w8a8_linear": "on the CPU, torch otherwise",
     "w4a8_linear": "on the CPU, torch otherwise",
 }
@@ -238,85 +243,190 @@ def _check_rows(op: str, logits_RV: Tensor, **rows: Tensor) -> None:
             )
 
 
-def quantize_per_token(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric dynamic quantisation of every row: ``x ~ xq sx``, ``sx = absmax / 127``, to the nearest, ties to even.
+def quantize_per_token(
+    x: Tensor, smooth: Tensor | None = None, signs: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Symmetric quantisation of every row: ``x ~ xq sx``, ``sx = absmax / 127``, to the nearest, ties to even.
 
     Args:
-        x_MK: (M, K), float32 or bfloat16.
+        x: (..., K), float32 or bfloat16.
+        smooth: float32 (K), a factor for every column (one over the scale of SmoothQuant, arXiv 2211.10438).
+        signs: int8 (K) of +-1. The row, after ``smooth``, is multiplied by them and by orthonormal Hadamard matrices as large as the
+            largest power of two that divides K: :func:`arsp.quant.balance.rotate` (QuaRot, arXiv 2404.00456).
+        scale: float32, one number or one for each row: sx as calibrated. What does not fit saturates at +-127.
 
-    Returns xq int8 (M, K) and sx float32 (M). A row of zeros has sx = 1. A row that is not finite has codes 0 and sx NaN or infinite, so
-    products with it are NaN. ConfigError: x is not a matrix.
+    Returns xq int8 (..., K) and sx float32 (...). A row of zeros has sx = 1. A row that is not finite has codes 0 and sx NaN or infinite,
+    so products with it are NaN. ConfigError: shapes or types that do not fit together.
     """
-    if x_MK.dim() != 2:
-        raise ConfigError(f"quantize_per_token: expected x (M, K), got shape {tuple(x_MK.shape)}.")
-    return (ops.quantize_per_token if _applies(x_MK) else reference.quantize_per_token)(x_MK)
+    return _run(ops.quantize_per_token, reference.quantize_per_token, _check_per_token, _applies(x), x, smooth, signs, scale)
+
+
+def rms_norm_quantize(
+    x: Tensor, weight_K: Tensor, eps: float, smooth: Tensor | None = None, signs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_per_token` of ``x / sqrt(mean(x^2) + eps) weight``, x (..., K); float32 inside, as all producers are."""
+    applies = _applies(x, weight_K)
+    return _run(ops.rms_norm_quantize, reference.rms_norm_quantize, _check_rms_norm, applies, x, weight_K, eps, smooth, signs)
+
+
+def modulate_quantize(
+    x_RnK: Tensor, scale_R1K: Tensor, shift_R1K: Tensor, eps: float, smooth: Tensor | None = None, signs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_per_token` of ``LayerNorm(x) (1 + scale) + shift``, the input of a layer behind adaptive layer norm."""
+    arguments = (x_RnK, scale_R1K, shift_R1K, eps, smooth, signs)
+    return _run(ops.modulate_quantize, reference.modulate_quantize, _check_modulate, _applies(*arguments[:3]), *arguments)
+
+
+def swiglu_quantize(a: Tensor, b: Tensor, smooth: Tensor | None = None, signs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_per_token` of ``silu(a) b``, both (..., K). Halves of one matrix are read in place."""
+    return _run(ops.swiglu_quantize, reference.swiglu_quantize, _check_swiglu, _applies(a, b), a, b, smooth, signs)
+
+
+def gelu_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """GELU (tanh form) of x (..., K), whose values lie above -0.17, in all 256 codes of a row: ``gelu(x) ~ xq sx + offset``.
+
+    Returns xq int8 (..., K), ``sx = (max gelu(x) + 0.17) / 255`` and ``offset = 128 sx - 0.17``, both float32 (...), for linear layers that
+    are given the sums of their rows. A row that is not finite has codes 0 and sx and offset NaN. ConfigError: x is a number.
+    """
+    return _run(ops.gelu_quantize, reference.gelu_quantize, _check_rows_of, _applies(x), x)
 
 
 def w8a8_linear(
-    xq_MK: Tensor, sx_M: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Linear layer of 8-bit codes: ``y[m, n] = bias[n] + sx[m] scale[n] sum_k code[n, k] xq[m, k]``, shape (M, N).
+    xq: Tensor, sx: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, dtype: torch.dtype = torch.float32,
+    offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Linear layer of 8-bit codes, shape (..., N): ``y[m, n] = sx[m] scale[n] sum_k code[n, k] xq[m, k] + bias[n] + offset[m] rowsum[n]``.
 
     Args:
-        xq_MK, sx_M: int8 and float32, of :func:`quantize_per_token`.
+        xq, sx: int8 (..., K) and float32 (...), of :func:`quantize_per_token` and those after it.
         weight: :func:`pack_w8_cpu` of the codes int8 (N, K).
         scale_N: float32, one scale a row.
         bias_N: (N,) or None. dtype: of the result, float32 or bfloat16.
+        offset, rowsum_N: float32 (...) of :func:`gelu_quantize`, and the sums of the rows of the weight that codes and scales stand for.
 
-    The sum is exact (int32, K < 65536); outside, every operation rounds to float32 in the order scale, sx, bias, so that all back
-    ends give the same bits. ConfigError: shapes or types that do not fit together.
+    The sum is exact (int32, K < 65536); outside, every operation rounds to float32 in the order scale, sx, bias, offset rowsum, so that
+    all back ends give the same bits. Tiles of 16 rows are independent: ``weight[a:b]`` with ``scale_N[16 * a : 16 * b]`` is the layer of
+    these rows, in place. ConfigError: shapes or types that do not fit together.
     """
-    pieces, codes = -(-xq_MK.shape[-1] // 4), xq_MK.shape[-1]
-    _check_quantised("w8a8_linear", xq_MK, sx_M, weight, pieces, scale_N.shape[:1], bias_N, dtype)
-    if scale_N.dim() != 1 or scale_N.dtype != torch.float32 or codes >= 1 << 16:
-        raise ConfigError(f"w8a8_linear: scale {scale_N.dtype} {tuple(scale_N.shape)}, K = {codes}; expected float32 (N,), K < 65536.")
-    return (ops.w8a8_linear if _applies(sx_M) else reference.w8a8_linear)(xq_MK, sx_M, weight, scale_N, bias_N, dtype)
+    arguments = (xq, sx, weight, scale_N, bias_N, dtype, offset, rowsum_N)
+    return _run(ops.w8a8_linear, reference.w8a8_linear, _check_w8a8, _applies(sx), *arguments)
 
 
 def w4a8_linear(
-    xq_MK: Tensor, sx_M: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, group_size: int,
-    bias_N: Tensor | None = None, dtype: torch.dtype = torch.float32,
+    xq: Tensor, sx: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, group_size: int,
+    bias_N: Tensor | None = None, dtype: torch.dtype = torch.float32, offset: Tensor | None = None, rowsum_N: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Linear layer of 4-bit codes with a scale and a zero point per group of columns, shape (M, N):
-    ``y[m, n] = bias[n] + sx[m] sum_g scale[n, g] sum_{k in g} (code[n, k] - zero[n, g]) xq[m, k]``.
+    """Linear layer of 4-bit codes with a scale and a zero point per group of columns, shape (..., N):
+    ``y[m, n] = sx[m] sum_g scale[n, g] sum_{k in g} (code[n, k] - zero[n, g]) xq[m, k] + bias[n] + offset[m] rowsum[n]``.
 
     Args:
-        xq_MK, sx_M: int8 and float32, of :func:`quantize_per_token`.
         weight: :func:`pack_w4_cpu` of the canonical words int32 (N, K / 8).
         scales_NG, zeros_NG: float32 and uint8 (N, G). Kept with ``.mT.contiguous().mT`` they are read in place, otherwise
             copied at every call.
         group_size: one of ``GROUP_SIZES``; K must be a multiple.
-        bias_N: (N,) or None. dtype: of the result, float32 or bfloat16.
+        others: as of :func:`w8a8_linear`.
 
-    The inner sums are exact (int32, K < 65536); outside, every operation rounds to float32: groups in their order, sx, bias. All back ends
-    give the same bits. ConfigError: shapes or types that do not fit together, a group size that is not offered or does not divide K.
+    The inner sums are exact (int32, K < 65536); outside, every operation rounds to float32: groups in their order, sx, bias, offset
+    rowsum. All back ends give the same bits. Tiles are independent as in :func:`w8a8_linear`. ConfigError: shapes or types that do
+    not fit together, a group size that is not offered or does not divide K.
     """
-    columns = xq_MK.shape[-1]
-    if group_size not in GROUP_SIZES or columns % 8 or (group_size > 0 and columns % group_size) or not 0 < columns < 1 << 16:
+    if group_size not in GROUP_SIZES or group_size * scales_NG.shape[-1] not in (xq.shape[-1], -1):
         raise ConfigError(
-            f"w4a8_linear: groups of {group_size} do not fit K = {columns}.",
-            f"Group sizes are {GROUP_SIZES} (-1: one group a row); K is a multiple of the group size and of 8, below 65536.",
+            f"w4a8_linear: groups of {group_size} do not fit K = {xq.shape[-1]} and scales of shape {tuple(scales_NG.shape)}.",
+            f"Group sizes are {GROUP_SIZES} (-1: one group a row); scales are (N, K / group size).",
         )
-    _check_quantised("w4a8_linear", xq_MK, sx_M, weight, columns // 8, scales_NG.shape[:1], bias_N, dtype)
-    groups = 1 if group_size < 0 else columns // group_size
-    for name, tensor, wanted in (("scales", scales_NG, torch.float32), ("zeros", zeros_NG, torch.uint8)):
-        if tensor.shape != (scales_NG.shape[0], groups) or tensor.dtype != wanted:
-            raise ConfigError(f"w4a8_linear: {name} {tensor.dtype} {tuple(tensor.shape)}, expected {wanted} (N, {groups}).")
-    return (ops.w4a8_linear if _applies(sx_M) else reference.w4a8_linear)(xq_MK, sx_M, weight, scales_NG, zeros_NG, bias_N, dtype)
+    arguments = (xq, sx, weight, scales_NG, zeros_NG, bias_N, dtype, offset, rowsum_N)
+    return _run(ops.w4a8_linear, reference.w4a8_linear, _check_w4a8, _applies(sx), *arguments)
 
 
-def _check_quantised(
-    op: str, xq_MK: Tensor, sx_M: Tensor, weight: Tensor, pieces: int, rows: torch.Size, bias_N: Tensor | None, dtype: torch.dtype
-) -> None:
-    if xq_MK.dim() != 2 or xq_MK.dtype != torch.int8 or sx_M.shape != xq_MK.shape[:1] or sx_M.dtype != torch.float32:
-        found = f"{xq_MK.dtype} {tuple(xq_MK.shape)} and {sx_M.dtype} {tuple(sx_M.shape)}"
-        raise ConfigError(f"{op}: expected xq int8 (M, K) and sx float32 (M,), got {found}.", "Both are of kernels.quantize_per_token.")
-    if weight.dtype != torch.uint8 or weight.shape != (-(-rows.numel() // TILE), pieces, 4 * TILE):
+def _run(op: Callable[..., Any], plain: Callable[..., Any], check: Callable[..., None], applies: bool, *arguments: Any) -> Any:
+    """The compiled op or the reference. The op checks its arguments itself; ``check`` says in our words what it refused."""
+    if not applies:
+        check(*arguments)
+        return plain(*arguments)
+    try:
+        return op(*arguments)
+    except RuntimeError:
+        check(*arguments)
+        raise
+
+
+def _expect(op: str, name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype | None = None) -> None:
+    """A tensor that is there has this shape, and this type where it matters."""
+    if tensor is not None and (tuple(tensor.shape) != tuple(shape) or (dtype is not None and tensor.dtype != dtype)):
+        wanted = f"{'' if dtype is None else f'{dtype} '}{tuple(shape)}"
+        raise ConfigError(f"{op}: {name} is {tensor.dtype} {tuple(tensor.shape)}, expected {wanted}.")
+
+
+def _check_rows_of(x: Tensor, op: str = "gelu_quantize", smooth: Tensor | None = None, signs: Tensor | None = None) -> None:
+    if x.dim() == 0:
+        raise ConfigError(f"{op}: expected rows x (..., K), got a number.")
+    _expect(op, "smooth", smooth, x.shape[-1:], torch.float32)
+    _expect(op, "signs", signs, x.shape[-1:], torch.int8)
+
+
+def _check_per_token(x: Tensor, smooth: Tensor | None, signs: Tensor | None, scale: Tensor | None) -> None:
+    _check_rows_of(x, "quantize_per_token", smooth, signs)
+    if scale is not None and scale.numel() != 1:
+        _expect("quantize_per_token", "scale", scale, x.shape[:-1], torch.float32)
+
+
+def _check_rms_norm(x: Tensor, weight_K: Tensor, eps: float, smooth: Tensor | None, signs: Tensor | None) -> None:
+    _check_rows_of(x, "rms_norm_quantize", smooth, signs)
+    _expect("rms_norm_quantize", "weight", weight_K, x.shape[-1:])
+
+
+def _check_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float, smooth: Tensor | None, signs: Tensor | None) -> None:
+    if x.dim() != 3:
+        raise ConfigError(f"modulate_quantize: expected x (R, n, K), got shape {tuple(x.shape)}.")
+    _check_rows_of(x, "modulate_quantize", smooth, signs)
+    _expect("modulate_quantize", "scale", scale, (x.shape[0], 1, x.shape[2]))
+    _expect("modulate_quantize", "shift", shift, (x.shape[0], 1, x.shape[2]))
+
+
+def _check_swiglu(a: Tensor, b: Tensor, smooth: Tensor | None, signs: Tensor | None) -> None:
+    _check_rows_of(a, "swiglu_quantize", smooth, signs)
+    _expect("swiglu_quantize", "b", b, a.shape)
+
+
+def _check_w8a8(
+    xq: Tensor, sx: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
+    offset: Tensor | None, rowsum_N: Tensor | None,
+) -> None:  # fmt: skip
+    _expect("w8a8_linear", "scale", scale_N, (len(scale_N),), torch.float32)
+    _check_linear("w8a8_linear", 4, xq, sx, weight, len(scale_N), bias_N, dtype, offset, rowsum_N)
+
+
+def _check_w4a8(
+    xq: Tensor, sx: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
+    offset: Tensor | None, rowsum_N: Tensor | None,
+) -> None:  # fmt: skip
+    _expect("w4a8_linear", "scales", scales_NG, scales_NG.shape[:2], torch.float32)
+    _expect("w4a8_linear", "zeros", zeros_NG, scales_NG.shape, torch.uint8)
+    if xq.shape[-1] % 8:
+        raise ConfigError(f"w4a8_linear: K = {xq.shape[-1]} is no multiple of 8.")
+    _check_linear("w4a8_linear", 8, xq, sx, weight, len(scales_NG), bias_N, dtype, offset, rowsum_N)
+
+
+def _check_linear(
+    op: str, step: int, xq: Tensor, sx: Tensor, weight: Tensor, outputs: int, bias_N: Tensor | None, dtype: torch.dtype,
+    offset: Tensor | None, rowsum_N: Tensor | None,
+) -> None:  # fmt: skip
+    if xq.dim() == 0 or xq.dtype != torch.int8 or sx.shape != xq.shape[:-1] or sx.dtype != torch.float32:
+        found = f"{xq.dtype} {tuple(xq.shape)} and {sx.dtype} {tuple(sx.shape)}"
+        raise ConfigError(f"{op}: expected xq int8 (..., K) and sx float32 (...), got {found}.", "Both are of kernels.quantize_per_token.")
+    columns = xq.shape[-1]
+    if columns >= 1 << 16:
+        raise ConfigError(f"{op}: K = {columns} is too large for exact sums.", "K is below 65536.")
+    if weight.dtype != torch.uint8 or weight.shape != (-(-outputs // TILE), -(-columns // step), 4 * TILE):
         raise ConfigError(
-            f"{op}: weight {weight.dtype} {tuple(weight.shape)} is not the layout of {rows.numel()} rows and K = {xq_MK.shape[1]}.",
+            f"{op}: weight {weight.dtype} {tuple(weight.shape)} is not the layout of {outputs} rows and K = {columns}.",
             f"Pack it with kernels.pack_{op[:2]}_cpu.",
         )
-    if bias_N is not None and bias_N.shape != rows:
-        raise ConfigError(f"{op}: bias has shape {tuple(bias_N.shape)}, expected {tuple(rows)}.")
+    _expect(op, "bias", bias_N, (outputs,))
     if dtype not in _DTYPES:
         raise ConfigError(f"{op}: no results in {dtype}.", "float32 and bfloat16 are offered.")
+    if (offset is None) != (rowsum_N is None):
+        raise ConfigError(f"{op}: offset and rowsum come together.", "The offset is of kernels.gelu_quantize.")
+    _expect(op, "offset", offset, sx.shape, torch.float32)
+    _expect(op, "rowsum", rowsum_N, (outputs,), torch.float32)

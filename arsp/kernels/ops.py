@@ -65,38 +65,91 @@ def _(
     return codes_R, log_p_R, lse_R, threshold_R, last_R
 
 
-torch.library.define("arsp::quantize_per_token", "(Tensor x) -> (Tensor xq, Tensor sx)")
+_BALANCE = "Tensor? smooth=None, Tensor? signs=None"
+_QUANTISED = "(Tensor xq, Tensor sx)"
+
+
+def _quantised_like(x: Tensor) -> tuple[Tensor, Tensor]:
+    torch._check(x.dim() >= 1, lambda: "expected rows (..., K), got a number")
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+torch.library.define("arsp::quantize_per_token", f"(Tensor x, {_BALANCE}, Tensor? scale=None) -> {_QUANTISED}")
 torch.library.impl("arsp::quantize_per_token", "CompositeExplicitAutograd", reference.quantize_per_token)
 
 
 @torch.library.register_fake("arsp::quantize_per_token")
-def _(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    torch._check(x_MK.dim() == 2, lambda: "quantize_per_token: expected x (M, K)")
-    return x_MK.new_empty(x_MK.shape, dtype=torch.int8), x_MK.new_empty(x_MK.shape[0], dtype=torch.float32)
+def _(x: Tensor, smooth: Tensor | None = None, signs: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return _quantised_like(x)
 
 
-torch.library.define("arsp::w8a8_linear", "(Tensor xq, Tensor sx, Tensor weight, Tensor scale, Tensor? bias, ScalarType dtype) -> Tensor")
+torch.library.define("arsp::rms_norm_quantize", f"(Tensor x, Tensor weight, float eps, {_BALANCE}) -> {_QUANTISED}")
+torch.library.impl("arsp::rms_norm_quantize", "CompositeExplicitAutograd", reference.rms_norm_quantize)
+
+
+@torch.library.register_fake("arsp::rms_norm_quantize")
+def _(x: Tensor, weight_K: Tensor, eps: float, smooth: Tensor | None = None, signs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return _quantised_like(x)
+
+
+torch.library.define("arsp::modulate_quantize", f"(Tensor x, Tensor scale, Tensor shift, float eps, {_BALANCE}) -> {_QUANTISED}")
+torch.library.impl("arsp::modulate_quantize", "CompositeExplicitAutograd", reference.modulate_quantize)
+
+
+@torch.library.register_fake("arsp::modulate_quantize")
+def _(
+    x_RnK: Tensor, scale_R1K: Tensor, shift_R1K: Tensor, eps: float, smooth: Tensor | None = None, signs: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    torch._check(x_RnK.dim() == 3, lambda: "modulate_quantize: expected x (R, n, K)")
+    return _quantised_like(x_RnK)
+
+
+torch.library.define("arsp::swiglu_quantize", f"(Tensor a, Tensor b, {_BALANCE}) -> {_QUANTISED}")
+torch.library.impl("arsp::swiglu_quantize", "CompositeExplicitAutograd", reference.swiglu_quantize)
+
+
+@torch.library.register_fake("arsp::swiglu_quantize")
+def _(a: Tensor, b: Tensor, smooth: Tensor | None = None, signs: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    torch._check(a.shape == b.shape, lambda: "swiglu_quantize: expected a and b of one shape")
+    return _quantised_like(a)
+
+
+torch.library.define("arsp::gelu_quantize", "(Tensor x) -> (Tensor xq, Tensor sx, Tensor offset)")
+torch.library.impl("arsp::gelu_quantize", "CompositeExplicitAutograd", reference.gelu_quantize)
+
+
+@torch.library.register_fake("arsp::gelu_quantize")
+def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    xq, sx = _quantised_like(x)
+    return xq, sx, torch.empty_like(sx)
+
+
+_RESULT = "Tensor? bias, ScalarType dtype, Tensor? offset=None, Tensor? rowsum=None) -> Tensor"
+
+torch.library.define("arsp::w8a8_linear", f"(Tensor xq, Tensor sx, Tensor weight, Tensor scale, {_RESULT}")
 torch.library.impl("arsp::w8a8_linear", "CompositeExplicitAutograd", reference.w8a8_linear)
 
 
 @torch.library.register_fake("arsp::w8a8_linear")
-def _(xq_MK: Tensor, sx_M: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype) -> Tensor:
-    torch._check(xq_MK.dim() == 2 and scale_N.dim() == 1, lambda: "w8a8_linear: expected xq (M, K) and scale (N)")
-    return xq_MK.new_empty((xq_MK.shape[0], scale_N.shape[0]), dtype=dtype)
+def _(
+    xq: Tensor, sx: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
+    offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    torch._check(xq.dim() >= 1 and scale_N.dim() == 1, lambda: "w8a8_linear: expected xq (..., K) and scale (N)")
+    return xq.new_empty((*xq.shape[:-1], scale_N.shape[0]), dtype=dtype)
 
 
-torch.library.define(
-    "arsp::w4a8_linear", "(Tensor xq, Tensor sx, Tensor weight, Tensor scales, Tensor zeros, Tensor? bias, ScalarType dtype) -> Tensor"
-)
+torch.library.define("arsp::w4a8_linear", f"(Tensor xq, Tensor sx, Tensor weight, Tensor scales, Tensor zeros, {_RESULT}")
 torch.library.impl("arsp::w4a8_linear", "CompositeExplicitAutograd", reference.w4a8_linear)
 
 
 @torch.library.register_fake("arsp::w4a8_linear")
 def _(
-    xq_MK: Tensor, sx_M: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    torch._check(xq_MK.dim() == 2 and scales_NG.dim() == 2, lambda: "w4a8_linear: expected xq (M, K) and scales (N, G)")
-    return xq_MK.new_empty((xq_MK.shape[0], scales_NG.shape[0]), dtype=dtype)
+    xq: Tensor, sx: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
+    offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    torch._check(xq.dim() >= 1 and scales_NG.dim() == 2, lambda: "w4a8_linear: expected xq (..., K) and scales (N, G)")
+    return xq.new_empty((*xq.shape[:-1], scales_NG.shape[0]), dtype=dtype)
 
 
 small_linear = torch.ops.arsp.small_linear.default
@@ -104,5 +157,9 @@ windowed_scale_attention = torch.ops.arsp.windowed_scale_attention.default
 keyed_argmax = torch.ops.arsp.keyed_argmax.default
 verify = torch.ops.arsp.verify.default
 quantize_per_token = torch.ops.arsp.quantize_per_token.default
+rms_norm_quantize = torch.ops.arsp.rms_norm_quantize.default
+modulate_quantize = torch.ops.arsp.modulate_quantize.default
+swiglu_quantize = torch.ops.arsp.swiglu_quantize.default
+gelu_quantize = torch.ops.arsp.gelu_quantize.default
 w8a8_linear = torch.ops.arsp.w8a8_linear.default
 w4a8_linear = torch.ops.arsp.w4a8_linear.default

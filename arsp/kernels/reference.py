@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arsp.kernels.layouts import unpack_w4_cpu, unpack_w8_cpu
+from arsp.quant.balance import rotate
 from arsp.rng import keyed_uniform
 
 MIN_TEMPERATURE = 1e-5  # what a positive temperature is raised to before logits are divided by it
+GELU_SHIFT = 0.17  # GELU is never below -0.17, but for rounding: what gelu_quantize adds before it quantises
 NOISE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}  # Gumbel noise made at once: larger leaves the cache, smaller pays per call
 
 
@@ -124,45 +126,101 @@ def _cut(scaled_RV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     return torch.where(within_R1, cut_R1, threshold_R1), last_R1
 
 
-def quantize_per_token(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """``(xq int8, sx float32)``: sx = absmax / 127, xq = x / sx to the nearest, ties to even. A row of zeros (or whose sx is not above 0
-    in float32) has sx = 1; a row that is not finite has codes 0 and sx NaN or infinite, so that products with it are NaN."""
-    absmax_M = x_MK.abs().amax(-1).float() if x_MK.shape[-1] else x_MK.new_zeros(x_MK.shape[0], dtype=torch.float32)
-    scale_M = absmax_M / torch.full_like(absmax_M, 127)  # CUDA multiplies by the reciprocal of a number
-    scale_M = torch.where(scale_M == 0, 1.0, scale_M)
-    codes_MK = (x_MK.float() / scale_M[:, None]).round().clamp(-127, 127)
-    return codes_MK.where(scale_M[:, None].isfinite(), 0).to(torch.int8), scale_M
+def quantize_per_token(
+    x: Tensor, smooth_K: Tensor | None = None, signs_K: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(xq int8, sx float32)``: sx = absmax / 127, or as given; xq = x / sx to the nearest, ties to even, within +-127. A row of zeros (or
+    whose sx is 0 in float32) has sx = 1; one that is not finite has codes 0 and sx NaN or infinite, so that products with it are NaN."""
+    x = _balanced(x.float(), smooth_K, signs_K)
+    absmax = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
+    if scale is None:
+        sx = absmax / torch.full_like(absmax, 127)  # CUDA multiplies by the reciprocal of a number
+    else:
+        sx = scale.reshape(-1).expand(absmax.numel()).view(absmax.shape).where(absmax.isfinite(), torch.nan)
+    sx = torch.where(sx == 0, 1.0, sx)
+    return _codes(x, sx, -127, 127), sx
 
 
-def w8a8_linear(xq_MK: Tensor, sx_M: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype) -> Tensor:
+def rms_norm_quantize(
+    x: Tensor, weight_K: Tensor, eps: float, smooth_K: Tensor | None = None, signs_K: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_per_token` of ``x / sqrt(mean(x^2) + eps) weight``, float32 throughout."""
+    x = x.float()
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_K.float()
+    return quantize_per_token(normed, smooth_K, signs_K)
+
+
+def modulate_quantize(
+    x_RnK: Tensor, scale_R1K: Tensor, shift_R1K: Tensor, eps: float, smooth_K: Tensor | None = None, signs_K: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_per_token` of ``LayerNorm(x) (1 + scale) + shift``, float32 throughout."""
+    normed_RnK = F.layer_norm(x_RnK.float(), x_RnK.shape[-1:], eps=eps)
+    return quantize_per_token(normed_RnK * (1 + scale_R1K.float()) + shift_R1K.float(), smooth_K, signs_K)
+
+
+def swiglu_quantize(a: Tensor, b: Tensor, smooth_K: Tensor | None = None, signs_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """:func:`quantize_per_token` of ``silu(a) b``, float32 throughout."""
+    return quantize_per_token(F.silu(a.float()) * b.float(), smooth_K, signs_K)
+
+
+def gelu_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(xq int8, sx float32, offset float32)`` of y = GELU(x) in its tanh form: ``y ~ xq sx + offset``, sx = (max y + 0.17) / 255,
+    xq = round((y + 0.17) / sx) - 128, offset = 128 sx - 0.17. A row of nothing but least values has sx = 1, one that is not finite codes 0
+    and sx NaN."""
+    y = F.gelu(x.float(), approximate="tanh") + GELU_SHIFT
+    most = y.amax(-1).clamp(min=0) if y.shape[-1] else y.new_zeros(y.shape[:-1])
+    sx = most / torch.full_like(most, 255)
+    sx = torch.where(sx == 0, 1.0, sx).where(y.isfinite().all(-1), torch.nan)
+    return _codes(y, sx, 0, 255, 128), sx, 128 * sx - GELU_SHIFT
+
+
+def _balanced(x: Tensor, smooth_K: Tensor | None, signs_K: Tensor | None) -> Tensor:
+    """``x smooth``, then rotated (:func:`arsp.quant.balance.rotate`); either may be left out."""
+    x = x if smooth_K is None else x * smooth_K
+    return x if signs_K is None or not x.numel() else rotate(x, signs_K)
+
+
+def _codes(x: Tensor, sx: Tensor, first: int, last: int, less: int = 0) -> Tensor:
+    codes = (x / sx[..., None]).round().clamp(first, last) - less
+    return codes.where(sx[..., None].isfinite(), 0).to(torch.int8)
+
+
+def w8a8_linear(
+    xq: Tensor, sx: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
+    offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """:func:`integer_linear` with one group, no zero point and the weight of ``pack_w8_cpu``."""
-    codes_NK = unpack_w8_cpu(weight, len(scale_N), xq_MK.shape[1])
-    return integer_linear(xq_MK, sx_M, codes_NK, scale_N[:, None], None, bias_N, dtype)
+    codes_NK = unpack_w8_cpu(weight, len(scale_N), xq.shape[-1])
+    return integer_linear(xq, sx, codes_NK, scale_N[:, None], None, bias_N, dtype, offset, rowsum_N)
 
 
 def w4a8_linear(
-    xq_MK: Tensor, sx_M: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+    xq: Tensor, sx: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
+    offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """:func:`integer_linear` with the weight of ``pack_w4_cpu``."""
-    return integer_linear(xq_MK, sx_M, unpack_w4_cpu(weight, len(scales_NG)), scales_NG, zeros_NG, bias_N, dtype)
+    codes_NK = unpack_w4_cpu(weight, len(scales_NG))
+    return integer_linear(xq, sx, codes_NK, scales_NG, zeros_NG, bias_N, dtype, offset, rowsum_N)
 
 
 def integer_linear(
-    xq_MK: Tensor, sx_M: Tensor, codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bias_N: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """``y = bias + sx sum_g scale_g (sum_{k in g} code_k xq_k - zero_g sum_{k in g} xq_k)``, G groups of K / G columns.
+    xq: Tensor, sx: Tensor, codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bias_N: Tensor | None, dtype: torch.dtype,
+    offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``y = sx sum_g scale_g (sum_{k in g} code_k xq_k - zero_g sum_{k in g} xq_k) + bias + offset rowsum``, G groups of K / G columns.
 
     What stands in brackets is a whole number of 32 bits and exact. Outside, every operation rounds to float32: the groups are added one
-    after another, then comes sx, then the bias, then ``dtype``. Kernels give these very numbers.
+    after another, then comes sx, then the bias, then the product of offset and rowsum, then ``dtype``. Kernels give these very numbers.
     """
-    total_MN = torch.zeros(len(xq_MK), len(codes_NK), device=xq_MK.device)
-    size = xq_MK.shape[1] // scales_NG.shape[1]
+    size = xq.shape[-1] // scales_NG.shape[1]
+    total = torch.zeros(*xq.shape[:-1], len(codes_NK), device=xq.device)
     for g in range(scales_NG.shape[1]):
         # float64 holds the whole numbers exactly and has a fast product
-        xq_MK64, codes_NK64 = (tensor[:, g * size : (g + 1) * size].double() for tensor in (xq_MK, codes_NK))
-        inner_MN = xq_MK64 @ codes_NK64.T
+        part, codes_Nk = (tensor[..., g * size : (g + 1) * size].double() for tensor in (xq, codes_NK))
+        inner = part @ codes_Nk.T
         if zeros_NG is not None:
-            inner_MN -= xq_MK64.sum(1)[:, None] * zeros_NG[:, g].double()
-        total_MN += inner_MN.float() * scales_NG[:, g]
-    y_MN = total_MN * sx_M[:, None]
-    return (y_MN if bias_N is None else y_MN + bias_N.float()).to(dtype)
+            inner -= part.sum(-1, keepdim=True) * zeros_NG[:, g].double()
+        total += inner.float() * scales_NG[:, g]
+    y = total * sx[..., None]
+    y = y if bias_N is None else y + bias_N.float()
+    return (y if offset is None or rowsum_N is None else y + offset[..., None] * rowsum_N).to(dtype)

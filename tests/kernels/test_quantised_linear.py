@@ -56,6 +56,14 @@ def draw_w8(rows, columns, outputs, seed=0, extreme=False):
     return (xq, sx, kernels.pack_w8_cpu(codes), scale), codes
 
 
+def draw_rest(rows, outputs, dtype):
+    """Bias, type, offset and rowsum; by the rows, each of the optional ones is there or not."""
+    generator = torch.Generator().manual_seed(2)
+    bias, rowsum = torch.randn(2, outputs, generator=generator)
+    shift = (torch.randn(rows, generator=generator), rowsum) if rows % 3 else (None, None)
+    return bias if rows % 2 else None, dtype, *shift
+
+
 def by_hand(xq_MK, sx_M, codes_NK, scales_NG, zeros_NG, bias_N):
     """The contract in numpy, one scalar operation of float32 at a time over whole numbers of int64."""
     xq, codes, zeros = (tensor.numpy().astype(np.int64) for tensor in (xq_MK, codes_NK, zeros_NG))
@@ -82,6 +90,14 @@ def test_reference_of_4_bits_is_the_contract(group):
     wanted = by_hand(xq, sx, codes, scales, zeros, bias)
     same(reference.w4a8_linear(*arguments, bias, torch.float32), wanted, f"group {group}")
     same(reference.w4a8_linear(*arguments, bias, torch.bfloat16), wanted.bfloat16(), f"group {group} bfloat16")
+
+
+def test_shifted_inputs_add_the_offset_times_the_sums_of_the_weight():
+    arguments, codes = draw_w4(7, 384, 21, 64)
+    xq, sx, _, scales, zeros = arguments
+    bias, offset, rowsum = torch.randn(21), torch.randn(7), torch.randn(21)
+    wanted = by_hand(xq, sx, codes, scales, zeros, bias) + offset[:, None] * rowsum
+    same(reference.w4a8_linear(*arguments, bias, torch.float32, offset, rowsum), wanted, "shifted")
 
 
 def test_reference_of_8_bits_is_the_contract():
@@ -118,10 +134,10 @@ def test_4_bit_kernel_equals_the_reference_to_the_bit(compiled, isa, group):
         for outputs in OUTPUTS:
             for columns in (128, 384) if group > 0 else (8, 136, 1000):
                 arguments, _ = draw_w4(rows, columns, outputs, group, rows + outputs)
-                bias = torch.randn(outputs) if rows % 2 else None
                 for dtype in DTYPES:
                     what = f"M={rows} N={outputs} K={columns} g={group} {dtype} {build.ISA[isa]}"
-                    same(ops.w4a8_linear(*arguments, bias, dtype), reference.w4a8_linear(*arguments, bias, dtype), what)
+                    rest = (*arguments, *draw_rest(rows, outputs, dtype))
+                    same(ops.w4a8_linear(*rest), reference.w4a8_linear(*rest), what)
 
 
 @EVERY_ISA
@@ -131,10 +147,10 @@ def test_8_bit_kernel_equals_the_reference_to_the_bit(compiled, isa):
         for outputs in OUTPUTS:
             for columns in (1, 4, 97, 768):
                 arguments, _ = draw_w8(rows, columns, outputs, rows + outputs)
-                bias = torch.randn(outputs) if rows % 2 else None
                 for dtype in DTYPES:
                     what = f"M={rows} N={outputs} K={columns} {dtype} {build.ISA[isa]}"
-                    same(ops.w8a8_linear(*arguments, bias, dtype), reference.w8a8_linear(*arguments, bias, dtype), what)
+                    rest = (*arguments, *draw_rest(rows, outputs, dtype))
+                    same(ops.w8a8_linear(*rest), reference.w8a8_linear(*rest), what)
 
 
 @EVERY_ISA
@@ -144,37 +160,6 @@ def test_largest_sums_do_not_saturate(compiled, isa):
     same(ops.w4a8_linear(*w4, None, torch.float32), reference.w4a8_linear(*w4, None, torch.float32), "4 bits")
     w8, _ = draw_w8(3, 65535, 17, extreme=True)
     same(ops.w8a8_linear(*w8, None, torch.float32), reference.w8a8_linear(*w8, None, torch.float32), "8 bits")
-
-
-@EVERY_ISA
-def test_activations_are_quantised_as_the_reference_does_it(compiled, isa):
-    use(compiled, isa)
-    generator = torch.Generator().manual_seed(0)
-    for columns in (0, 1, 8, 40, 97, 1025):
-        x = torch.randn(9, columns, generator=generator)
-        if columns:
-            x[1] = 0  # a row of zeros
-            x[2] = -3.0  # constant
-            x[3, columns // 2] = 1e30  # one outlier
-            x[4] = torch.arange(columns) % 255 / 2 - 63.5  # halves when the largest is 127: ties
-            x[4, 0] = 127
-            x[5] = 1e-45  # sx is not above 0
-            x[6] = 180e-45  # sx has one bit
-            x[7, -1] = torch.inf
-            x[8, 0] = torch.nan
-        for dtype in DTYPES:
-            found, wanted = ops.quantize_per_token(x.to(dtype)), reference.quantize_per_token(x.to(dtype))
-            what = f"K={columns} {dtype} {build.ISA[isa]}"
-            same(found[0], wanted[0], f"{what} codes")
-            assert torch.equal(found[1].nan_to_num(-1), wanted[1].nan_to_num(-1)), f"{what}: sx {found[1]} and {wanted[1]}"
-
-
-def test_codes_and_scales_of_known_rows():
-    x = torch.tensor([[0.0, 0.0, 0.0], [127.0, 0.5, -1.5], [-254.0, 254.0, 3.0]])
-    xq, sx = reference.quantize_per_token(x)
-    assert xq.tolist() == [[0, 0, 0], [127, 0, -2], [-127, 127, 2]] and sx.tolist() == [1.0, 1.0, 2.0], "ties go to even"
-    xq, sx = reference.quantize_per_token(torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0]]))
-    assert xq.tolist() == [[0, 0], [0, 0]] and sx[0].isnan() and sx[1].isinf()
 
 
 @EVERY_ISA
@@ -245,17 +230,48 @@ def test_public_functions_run_the_kernels_and_the_reference_with_the_same_bits(c
         kernels.set_backend("auto")
 
 
+@EVERY_ISA
+def test_tiles_of_a_weight_are_a_layer_of_their_own(compiled, isa):
+    """Rows [first, stop) of a packed weight, in place: queries and keys apart from values."""
+    use(compiled, isa)
+    for columns, group in ((256, 64), (256, -1)):
+        arguments, _ = draw_w4(3, columns, 112, group)
+        xq, sx, weight, *grid = arguments
+        scales, zeros = (tensor.mT.contiguous().mT for tensor in grid)
+        whole = ops.w4a8_linear(xq, sx, weight, scales, zeros, None, torch.float32)
+        w8, _ = draw_w8(3, columns, 112)
+        whole8 = ops.w8a8_linear(*w8, None, torch.float32)
+        for first, stop in ((0, 80), (80, 112), (16, 32)):
+            tiles = slice(first // layouts.TILE, stop // layouts.TILE)
+            part = ops.w4a8_linear(xq, sx, weight[tiles], scales[first:stop], zeros[first:stop], None, torch.float32)
+            same(part, whole[:, first:stop], f"rows {first}..{stop}, 4 bits, {build.ISA[isa]}")
+            part = ops.w8a8_linear(*w8[:2], w8[2][tiles], w8[3][first:stop], None, torch.float32)
+            same(part, whole8[:, first:stop], f"rows {first}..{stop}, 8 bits, {build.ISA[isa]}")
+
+
+def test_leading_dimensions_are_kept(compiled):
+    compiled.use_isa(-1)
+    arguments, _ = draw_w4(6, 128, 17, 64)
+    w8, _ = draw_w8(6, 97, 17)
+    offset, rowsum = torch.randn(6), torch.randn(17)
+    for op, (xq, sx, *layer) in ((ops.w4a8_linear, arguments), (ops.w8a8_linear, w8)):
+        flat = op(xq, sx, *layer, None, torch.float32, offset, rowsum)
+        for lead in ((2, 3), (6, 1), (1, 2, 3)):
+            call = (xq.view(*lead, -1), sx.view(lead), *layer, None, torch.float32, offset.view(lead), rowsum)
+            same(op(*call), flat.view(*lead, 17), f"{op} {lead}")
+        same(op(xq[0], sx[0], *layer, None, torch.float32, offset[0], rowsum), flat[0], f"{op}, one row without dimensions before it")
+
+
 def test_opcheck_accepts_the_ops(compiled):
     w4, _ = draw_w4(2, 128, 17, 64)
     w8, _ = draw_w8(2, 97, 17)
     for dtype in DTYPES:
-        torch.library.opcheck(ops.quantize_per_token, (torch.randn(3, 40).to(dtype),))
         torch.library.opcheck(ops.w4a8_linear, (*w4, torch.randn(17), dtype))
-        torch.library.opcheck(ops.w8a8_linear, (*w8, None, dtype))
+        torch.library.opcheck(ops.w8a8_linear, (*w8, None, dtype, torch.randn(2), torch.randn(17)))
 
 
 def change(arguments, **other):
-    names = ("xq_MK", "sx_M", "weight", "scales_NG", "zeros_NG")
+    names = ("xq", "sx", "weight", "scales_NG", "zeros_NG")
     return {**dict(zip(names, arguments, strict=True)), "group_size": 64, **other}
 
 
@@ -263,26 +279,33 @@ def change(arguments, **other):
     ("other", "message"),
     [
         ({"group_size": 48}, "groups of 48 do not fit K = 128"),
-        ({"xq_MK": torch.zeros(2, 96, dtype=torch.int8)}, "groups of 64 do not fit K = 96"),
-        ({"xq_MK": torch.zeros(2, 128)}, "expected xq int8"),
-        ({"sx_M": torch.zeros(3)}, "expected xq int8"),
+        ({"group_size": 32}, "groups of 32 do not fit K = 128 and scales of shape (17, 2)"),
+        ({"xq": torch.zeros(2, 96, dtype=torch.int8)}, "groups of 64 do not fit K = 96"),
+        ({"xq": torch.zeros(2, 128)}, "expected xq int8"),
+        ({"sx": torch.zeros(3)}, "expected xq int8"),
         ({"weight": torch.zeros(2, 15, 64, dtype=torch.uint8)}, "is not the layout of 17 rows and K = 128"),
-        ({"zeros_NG": torch.zeros(17, 1, dtype=torch.uint8)}, "zeros torch.uint8 (17, 1), expected torch.uint8 (N, 2)"),
+        ({"zeros_NG": torch.zeros(17, 1, dtype=torch.uint8)}, "zeros is torch.uint8 (17, 1), expected torch.uint8 (17, 2)"),
         ({"scales_NG": torch.zeros(17, 2, dtype=torch.float64)}, "expected torch.float32"),
-        ({"bias_N": torch.zeros(16)}, "bias has shape (16,)"),
+        ({"bias_N": torch.zeros(16)}, "bias is torch.float32 (16,), expected (17,)"),
+        ({"offset": torch.zeros(2)}, "offset and rowsum come together"),
+        ({"offset": torch.zeros(2), "rowsum_N": torch.zeros(16)}, "rowsum is torch.float32 (16,), expected torch.float32 (17,)"),
+        ({"offset": torch.zeros(3), "rowsum_N": torch.zeros(17)}, "offset is torch.float32 (3,), expected torch.float32 (2,)"),
         ({"dtype": torch.float16}, "no results in torch.float16"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(other, message):
     arguments, _ = draw_w4(2, 128, 17, 64)
-    with pytest.raises(ConfigError) as caught:
-        kernels.w4a8_linear(**change(arguments, **other))
-    assert message in caught.value.message
+    for backend in ("auto", "reference"):
+        kernels.set_backend(backend)
+        try:
+            with pytest.raises(ConfigError) as caught:
+                kernels.w4a8_linear(**change(arguments, **other))
+        finally:
+            kernels.set_backend("auto")
+        assert message in caught.value.message, backend
 
 
 def test_wrong_matrices_are_refused_by_name():
-    with pytest.raises(ConfigError, match="expected x"):
-        kernels.quantize_per_token(torch.zeros(3))
     with pytest.raises(ConfigError, match="expected int32"):
         kernels.pack_w4_cpu(torch.zeros(3, 4, dtype=torch.uint8))
     with pytest.raises(ConfigError, match="expected int8"):

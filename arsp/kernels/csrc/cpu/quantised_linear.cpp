@@ -1,4 +1,4 @@
-// arsp::quantize_per_token, arsp::w8a8_linear and arsp::w4a8_linear: linear layers of 8-bit activations and 8- or 4-bit weights.
+// arsp::w8a8_linear and arsp::w4a8_linear: linear layers of 8-bit activations and 8- or 4-bit weights.
 //
 // The weight lies in tiles of 16 rows (arsp/kernels/layouts.py): a register of it is 16 rows by 4 columns of unsigned bytes, met by 4
 // signed bytes of a row of x that fill another register. 4-bit codes become bytes in registers only. The sum of a group is exact; what
@@ -9,15 +9,13 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <optional>
-#include <tuple>
-#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -31,17 +29,19 @@ using Bf16 = c10::BFloat16;
 constexpr int64_t kTile = 16;               // rows of a tile
 constexpr int64_t kPiece = 4 * kTile;       // bytes: 4 columns of 8-bit or 8 columns of 4-bit codes
 constexpr int64_t kThreadBytes = 32 << 10;  // least weight traffic, times the rows of x, that is worth a thread
-constexpr int64_t kThreadValues = 1 << 15;  // least values to quantise that are worth a thread
+constexpr int64_t kThreadValues = 1 << 15;  // least values of x to add up that are worth a thread
 
 struct Layer {
   const int8_t* xq;
   const float* sx;
   const int32_t* sums;  // (rows, groups): sums of the codes of x
   const uint8_t* weight;
-  const float* scales;   // (groups, stride), padded to whole tiles
+  const float* scales;   // groups of whole tiles, scale_stride apart
   const uint8_t* zeros;  // likewise; not read with 8 bits
-  const float* bias;     // padded, or null
-  int64_t rows, columns, outputs, groups, stride;
+  const float* bias;     // whole tiles, or null
+  const float* offset;   // of the rows of x, or null; then
+  const float* rowsum;   // whole tiles
+  int64_t rows, columns, outputs, groups, scale_stride, zero_stride;
 };
 
 #define ARSP_BLOCK "quantised_linear_block.h"
@@ -64,11 +64,13 @@ at::Tensor padded(const at::Tensor& t, int64_t multiple) {
   return more ? at::constant_pad_nd(t, {0, more}) : t.contiguous();
 }
 
-// (N) or (N, G) as (G, whole tiles).
+// (N) or (N, G) with every column in whole tiles of adjacent numbers: in place where it lies so, rows of a larger tensor included.
 at::Tensor by_column(const at::Tensor& t) {
-  if (t.size(0) % kTile == 0 && t.stride(0) == 1 && (t.dim() == 1 || t.stride(1) == t.size(0) || t.size(1) == 1)) return t;
-  return padded(t.dim() == 2 ? t.t() : t.unsqueeze(0), kTile);
+  if (t.size(0) % kTile == 0 && t.stride(0) == 1) return t;
+  return padded(t.dim() == 2 ? t.t() : t.unsqueeze(0), kTile).t();
 }
+
+int64_t column_stride(const at::Tensor& t) { return t.dim() == 2 ? t.stride(1) : 0; }
 
 // Threads split the tiles, so each result is one thread's sum in one fixed order.
 template <int kBits, typename Y>
@@ -80,29 +82,45 @@ void run(Layer layer, at::Tensor& out) {
                    [&](int64_t begin, int64_t end) { version(layer, begin, end, y); });
 }
 
+struct Optional {
+  const std::optional<at::Tensor>&zeros, &bias, &offset, &rowsum;
+};
+
 at::Tensor linear(int bits, const at::Tensor& xq, const at::Tensor& sx, const at::Tensor& weight, const at::Tensor& scales,
-                  const std::optional<at::Tensor>& zeros, const std::optional<at::Tensor>& bias, at::ScalarType dtype) {
-  const int64_t M = xq.size(0), K = xq.size(1), N = scales.size(0), groups = bits == 4 ? scales.size(1) : 1, step = bits == 4 ? 8 : 4;
-  TORCH_CHECK(xq.scalar_type() == at::kChar && sx.scalar_type() == at::kFloat && sx.dim() == 1 && sx.size(0) == M,
-              "quantised linear: expected xq int8 (M, K) and sx float32 (M)");
+                  const Optional& more, at::ScalarType dtype) {
+  const char* const name = "quantised linear: ";
+  TORCH_CHECK(xq.dim() >= 1 && xq.scalar_type() == at::kChar && sx.scalar_type() == at::kFloat &&
+                  sx.sizes() == xq.sizes().slice(0, xq.dim() - 1),
+              name, "expected xq int8 (..., K) and sx float32 (...), got ", xq.scalar_type(), " ", xq.sizes(), " and ", sx.scalar_type(),
+              " ", sx.sizes());
+  const int64_t M = sx.numel(), K = xq.size(-1), N = scales.size(0), groups = bits == 4 ? scales.size(1) : 1, step = bits == 4 ? 8 : 4;
   TORCH_CHECK(weight.scalar_type() == at::kByte && weight.dim() == 3 && weight.size(0) == (N + kTile - 1) / kTile &&
                   weight.size(1) == (K + step - 1) / step && weight.size(2) == kPiece,
-              "quantised linear: the weight is not the packed layout of N = ", N, ", K = ", K);
-  TORCH_CHECK(scales.scalar_type() == at::kFloat && groups > 0 && K < 65536 && (bits == 8 || K % (groups * step) == 0),
-              "quantised linear: ", groups, " groups of float32 scales do not fit K = ", K);
-  TORCH_CHECK(!zeros || (zeros->scalar_type() == at::kByte && zeros->sizes() == scales.sizes()),
-              "quantised linear: expected zeros uint8 in the shape of the scales");
-  TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == N), "quantised linear: expected bias (N)");
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "quantised linear: results are float32 or bfloat16");
-  at::Tensor out = at::empty({M, N}, xq.options().dtype(dtype));
+              name, "the weight is not the packed layout of N = ", N, ", K = ", K);
+  TORCH_CHECK(scales.scalar_type() == at::kFloat && groups > 0 && K < 65536 && (bits == 8 || K % (groups * step) == 0), name, groups,
+              " groups of float32 scales do not fit K = ", K);
+  TORCH_CHECK(!more.zeros || (more.zeros->scalar_type() == at::kByte && more.zeros->sizes() == scales.sizes()), name,
+              "expected zeros uint8 in the shape of the scales");
+  TORCH_CHECK(!more.bias || (more.bias->dim() == 1 && more.bias->size(0) == N), name, "expected bias (N)");
+  TORCH_CHECK(more.offset.has_value() == more.rowsum.has_value(), name, "offset and rowsum come together");
+  TORCH_CHECK(!more.offset || (more.offset->scalar_type() == at::kFloat && more.offset->sizes() == sx.sizes() &&
+                               more.rowsum->scalar_type() == at::kFloat && more.rowsum->dim() == 1 && more.rowsum->size(0) == N),
+              name, "expected offset float32 in the shape of sx and rowsum float32 (N)");
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, name, "results are float32 or bfloat16");
+  c10::SmallVector<int64_t, 4> shape(xq.sizes().begin(), xq.sizes().end());
+  shape.back() = N;
+  at::Tensor out = at::empty(shape, xq.options().dtype(dtype));
   if (out.numel() == 0) return out;
 
-  const at::Tensor x = padded(xq, step);
+  const at::Tensor x = K % step == 0 ? xq.contiguous() : padded(xq.reshape({M, K}), step);
   const at::Tensor sx_c = sx.contiguous(), weight_c = weight.contiguous(), scales_c = by_column(scales);
-  const at::Tensor zeros_c = zeros ? by_column(*zeros) : at::Tensor();
-  const at::Tensor bias_c = bias ? by_column(bias->to(at::kFloat)) : at::Tensor();
-  const int64_t columns = x.size(1);
-  std::vector<int32_t> sums(M * groups);
+  const at::Tensor zeros_c = more.zeros ? by_column(*more.zeros) : at::Tensor();
+  const at::Tensor bias_c = more.bias ? by_column(more.bias->to(at::kFloat)) : at::Tensor();
+  const at::Tensor offset_c = more.offset ? more.offset->contiguous() : at::Tensor();
+  const at::Tensor rowsum_c = more.rowsum ? by_column(*more.rowsum) : at::Tensor();
+  const auto numbers = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
+  const int64_t columns = x.size(-1);
+  c10::SmallVector<int32_t, 256> sums(M * groups);
   const auto sum = ARSP_VERSION(sum_groups);
   at::parallel_for(0, M, std::max<int64_t>(1, kThreadValues / std::max<int64_t>(1, columns)), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
@@ -110,13 +128,15 @@ at::Tensor linear(int bits, const at::Tensor& xq, const at::Tensor& sx, const at
   });
 
   const Layer layer{x.const_data_ptr<int8_t>(),
-                    sx_c.const_data_ptr<float>(),
+                    numbers(sx_c),
                     sums.data(),
                     weight_c.const_data_ptr<uint8_t>(),
-                    scales_c.const_data_ptr<float>(),
-                    zeros ? zeros_c.const_data_ptr<uint8_t>() : nullptr,
-                    bias ? bias_c.const_data_ptr<float>() : nullptr,
-                    M, columns, N, groups, (N + kTile - 1) / kTile * kTile};
+                    numbers(scales_c),
+                    more.zeros ? zeros_c.const_data_ptr<uint8_t>() : nullptr,
+                    numbers(bias_c),
+                    numbers(offset_c),
+                    numbers(rowsum_c),
+                    M, columns, N, groups, column_stride(scales_c), more.zeros ? column_stride(zeros_c) : 0};
   if (bits == 4) {
     dtype == at::kFloat ? run<4, float>(layer, out) : run<4, Bf16>(layer, out);
   } else {
@@ -126,44 +146,22 @@ at::Tensor linear(int bits, const at::Tensor& xq, const at::Tensor& sx, const at
 }
 
 at::Tensor w8a8_linear(const at::Tensor& xq, const at::Tensor& sx, const at::Tensor& weight, const at::Tensor& scale,
-                       const std::optional<at::Tensor>& bias, at::ScalarType dtype) {
-  TORCH_CHECK(xq.dim() == 2 && scale.dim() == 1, "w8a8_linear: expected xq (M, K) and scale (N)");
-  return linear(8, xq, sx, weight, scale, std::nullopt, bias, dtype);
+                       const std::optional<at::Tensor>& bias, at::ScalarType dtype, const std::optional<at::Tensor>& offset,
+                       const std::optional<at::Tensor>& rowsum) {
+  TORCH_CHECK(scale.dim() == 1, "w8a8_linear: expected scale (N)");
+  return linear(8, xq, sx, weight, scale, {std::nullopt, bias, offset, rowsum}, dtype);
 }
 
 at::Tensor w4a8_linear(const at::Tensor& xq, const at::Tensor& sx, const at::Tensor& weight, const at::Tensor& scales,
-                       const at::Tensor& zeros, const std::optional<at::Tensor>& bias, at::ScalarType dtype) {
-  TORCH_CHECK(xq.dim() == 2 && scales.dim() == 2, "w4a8_linear: expected xq (M, K) and scales (N, G)");
-  return linear(4, xq, sx, weight, scales, zeros, bias, dtype);
-}
-
-template <typename X>
-void quantize_rows(const at::Tensor& x, at::Tensor& xq, at::Tensor& sx) {
-  const int64_t M = x.size(0), K = x.size(1);
-  const X* from = x.const_data_ptr<X>();
-  int8_t* to = xq.data_ptr<int8_t>();
-  float* scales = sx.data_ptr<float>();
-  const auto version = ARSP_VERSION(quantize_row<X>);
-  at::parallel_for(0, M, std::max<int64_t>(1, kThreadValues / std::max<int64_t>(1, K)), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) scales[m] = version(from + m * K, K, to + m * K);
-  });
-}
-
-std::tuple<at::Tensor, at::Tensor> quantize_per_token(const at::Tensor& x) {
-  TORCH_CHECK(x.dim() == 2, "quantize_per_token: expected x (M, K), got ", x.sizes());
-  const bool narrow = x.scalar_type() == at::kBFloat16;
-  TORCH_CHECK(narrow || x.scalar_type() == at::kFloat, "quantize_per_token: expected float32 or bfloat16, got ", x.scalar_type());
-  at::Tensor xq = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kChar));
-  at::Tensor sx = at::empty({x.size(0)}, x.options().dtype(at::kFloat));
-  const at::Tensor rows = x.contiguous();
-  narrow ? quantize_rows<Bf16>(rows, xq, sx) : quantize_rows<float>(rows, xq, sx);
-  return {xq, sx};
+                       const at::Tensor& zeros, const std::optional<at::Tensor>& bias, at::ScalarType dtype,
+                       const std::optional<at::Tensor>& offset, const std::optional<at::Tensor>& rowsum) {
+  TORCH_CHECK(scales.dim() == 2, "w4a8_linear: expected scales (N, G)");
+  return linear(4, xq, sx, weight, scales, {zeros, bias, offset, rowsum}, dtype);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(arsp, CPU, m) {
-  m.impl("quantize_per_token", quantize_per_token);
   m.impl("w8a8_linear", w8a8_linear);
   m.impl("w4a8_linear", w4a8_linear);
 }

@@ -3,8 +3,6 @@
 typedef int32_t ints __attribute__((vector_size(4 * ARSP_LANES)));
 typedef int32_t ints_unaligned __attribute__((vector_size(4 * ARSP_LANES), aligned(1), may_alias));
 typedef int16_t shorts __attribute__((vector_size(4 * ARSP_LANES)));
-typedef int8_t codes __attribute__((vector_size(ARSP_LANES)));
-typedef int8_t codes_unaligned __attribute__((vector_size(ARSP_LANES), aligned(1), may_alias));
 typedef uint8_t zeros __attribute__((vector_size(ARSP_LANES)));
 typedef uint8_t zeros_unaligned __attribute__((vector_size(ARSP_LANES), aligned(1), may_alias));
 
@@ -111,10 +109,11 @@ ARSP_TARGET void block(const Layer& layer, int64_t m0, int64_t t0, Y* out) {
     for (int t = 0; t < NT; ++t)
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) {
-        const int64_t at = g * layer.stride + (t0 + t) * kTile + p * ARSP_LANES;
-        const vec scale = load(layer.scales + at);
-        const ints zero = kBits == 4 ? __builtin_convertvector(*reinterpret_cast<const zeros_unaligned*>(layer.zeros + at), ints)
-                                     : ints{} + 128;
+        const int64_t n = (t0 + t) * kTile + p * ARSP_LANES;
+        const vec scale = load(layer.scales + g * layer.scale_stride + n);
+        ints zero = ints{} + 128;
+        if constexpr (kBits == 4)
+          zero = __builtin_convertvector(*reinterpret_cast<const zeros_unaligned*>(layer.zeros + g * layer.zero_stride + n), ints);
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) {
           vec term = __builtin_convertvector(inner[m][t][p] - zero * layer.sums[(m0 + m) * groups + g], vec) * scale;
@@ -132,6 +131,11 @@ ARSP_TARGET void block(const Layer& layer, int64_t m0, int64_t t0, Y* out) {
         vec y = total[m][t][p] * layer.sx[m0 + m];
         ARSP_ROUNDED(y);
         if (layer.bias != nullptr) y += load(layer.bias + n);
+        if (layer.offset != nullptr) {
+          vec term = load(layer.rowsum + n) * layer.offset[m0 + m];
+          ARSP_ROUNDED(term);
+          y += term;
+        }
         Y* to = out + (m0 + m) * layer.outputs + n;
         if (n + ARSP_LANES <= layer.outputs) {
           store(to, y);
@@ -185,44 +189,4 @@ ARSP_TARGET void sum_groups(const int8_t* x, int64_t size, int64_t groups, int32
     for (int64_t k = 0; k < size; ++k) sum += x[k];
     sums[g] = sum;
   }
-}
-
-// One row of quantize_per_token; returns its scale.
-template <typename X>
-ARSP_TARGET float quantize_row(const X* x, int64_t K, int8_t* codes_out) {
-  // The bits of |x| in the order of whole numbers: that of the values, with NaN above all of them.
-  ints largest = {};
-  int64_t k = 0;
-  for (; k + ARSP_LANES <= K; k += ARSP_LANES) {
-    const ints magnitude = (ints)load(x + k) & 0x7fffffff;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  int32_t most = 0;
-  for (int i = 0; i < ARSP_LANES; ++i) most = std::max(most, largest[i]);
-  X last[ARSP_LANES] = {};
-  if (k < K) {
-    std::memcpy(last, x + k, (K - k) * sizeof(X));
-    const ints magnitude = (ints)load(last) & 0x7fffffff;
-    for (int i = 0; i < ARSP_LANES; ++i) most = std::max(most, magnitude[i]);
-  }
-  float scale;
-  std::memcpy(&scale, &most, 4);
-  scale /= 127.f;
-  if (scale == 0) scale = 1;
-  if (!(scale <= std::numeric_limits<float>::max())) {
-    std::memset(codes_out, 0, K);
-    return scale;
-  }
-  const vec divisor = splat(scale);
-  const auto quantise = [&](const X* from) ARSP_TARGET {
-    vec q = load(from) / divisor;
-    q = q > 127.f ? splat(127.f) : q < -127.f ? splat(-127.f) : q;
-    return __builtin_convertvector(__builtin_convertvector(q + 12582912.f - 12582912.f, ints), codes);  // 1.5 * 2^23 rounds to even
-  };
-  for (k = 0; k + ARSP_LANES <= K; k += ARSP_LANES) *reinterpret_cast<codes_unaligned*>(codes_out + k) = quantise(x + k);
-  if (k < K) {
-    const codes q = quantise(last);
-    std::memcpy(codes_out + k, &q, K - k);
-  }
-  return scale;
 }
