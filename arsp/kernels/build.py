@@ -17,7 +17,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -118,23 +118,31 @@ def _compile(target: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def ensure_library() -> Path:
-    """Path of the library, compiled now if this machine has none. ResourceError says why it cannot be."""
-    target = library_path()
+def cached(target: Path, make: Callable[[Path], None]) -> Path:
+    """``target``, made now by ``make(target)`` if it is missing, while other processes wait. ResourceError: the cache is not writable."""
     if target.exists():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock")):
             if not target.exists():
-                log.warning("compiling the CPU kernels with %s, once (10 to 30 s)", compiler_version())
-                started = time.perf_counter()
-                _compile(target)
-                log.info("compiled %s in %.1f s", target, time.perf_counter() - started)
+                make(target)
     except OSError as error:
         message = f"cannot write the kernel cache {target.parent}: {error.strerror}"
         raise ResourceError(message, "Set ARSP_CACHE to a writable folder.") from error
     return target
+
+
+def ensure_library() -> Path:
+    """Path of the library, compiled now if this machine has none. ResourceError says why it cannot be."""
+
+    def make(target: Path) -> None:
+        log.warning("compiling the CPU kernels with %s, once (10 to 30 s)", compiler_version())
+        started = time.perf_counter()
+        _compile(target)
+        log.info("compiled %s in %.1f s", target, time.perf_counter() - started)
+
+    return cached(library_path(), make)
 
 
 _loaded: dict[Path, ctypes.CDLL] = {}

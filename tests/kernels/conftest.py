@@ -1,4 +1,5 @@
 import pytest
+from cuda_emulation import target  # noqa: F401  a fixture of the tests of CUDA kernels
 
 from arsp.errors import ResourceError
 from arsp.kernels import build

@@ -1,0 +1,129 @@
+// What all CUDA kernels share: the instructions that C++ has no word for, numbers in memory, reductions, and launching.
+//
+// With ARSP_EMULATE the same kernels are compiled by a C++ compiler; emulate.h then stands in for the device and defines the
+// functions of the first part.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef ARSP_EMULATE
+#include "emulate.h"
+#else
+#include <cuda_runtime.h>
+
+#define ARSP_DEVICE __device__ __forceinline__
+#define ARSP_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+// c (16 x 8) += a (16 x 32) b (32 x 8) of signed bytes.
+ARSP_DEVICE void mma_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8) of bfloat16 pairs.
+ARSP_DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 16 bytes that are read once: past the first-level cache.
+ARSP_DEVICE uint4 load_once(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+
+// 16 bytes on their way to shared memory; zeros where `valid` is false.
+ARSP_DEVICE void copy_async(void* to_shared, const void* from, bool valid) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+ARSP_DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+ARSP_DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+
+// Two floats as bfloat16, the first one in the lower half, to the nearest, ties to even.
+ARSP_DEVICE uint32_t pack_bf16(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+inline const char* error_string(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+
+template <typename... P, typename... A>
+int launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream, A... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+  if (shared > 48 * 1024) {
+    const cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (refused != cudaSuccess) return refused;
+  }
+  kernel<<<grid, threads, shared, stream>>>(static_cast<P>(arguments)...);
+  return cudaGetLastError();
+}
+#endif
+
+#define ARSP_EXPORT extern "C" __attribute__((visibility("default")))
+
+// ---- numbers in memory
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+enum Type : int { kFloat = 0, kBf16 = 1 };  // as in arsp/kernels/cuda.py
+
+ARSP_DEVICE float to_float(float x) { return x; }
+ARSP_DEVICE float to_float(Bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+ARSP_DEVICE float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
+ARSP_DEVICE float high_half(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
+ARSP_DEVICE void put(float* to, float x) { *to = x; }
+ARSP_DEVICE void put(Bf16* to, float x) { to->bits = static_cast<uint16_t>(pack_bf16(x, 0.f)); }
+
+// A vector of floats or bfloat16 that is known when the kernel runs.
+struct Numbers {
+  const void* data;
+  int type;
+  ARSP_DEVICE float operator[](int64_t i) const {
+    return type == kFloat ? static_cast<const float*>(data)[i] : to_float(static_cast<const Bf16*>(data)[i]);
+  }
+};
+
+// ---- threads of a block
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kLanes = 32;
+
+struct Sum {
+  template <typename T>
+  ARSP_DEVICE T operator()(T a, T b) const { return a + b; }
+};
+struct Max {  // NaN wins
+  ARSP_DEVICE float operator()(float a, float b) const { return a > b || a != a ? a : b; }
+};
+
+template <typename T, typename Op>
+ARSP_DEVICE T warp_reduce(T x, Op op) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance; distance /= 2) x = op(x, __shfl_xor_sync(kAllLanes, x, distance));
+  return x;
+}
+
+// The same value in all threads, combined in the same order whatever runs first. `spare` has room for 32 of T; a barrier precedes
+// its use, so consecutive calls may share it.
+template <typename T, typename Op>
+ARSP_DEVICE T block_reduce(T x, Op op, T* spare) {
+  const int warp = threadIdx.x / kLanes, warps = blockDim.x / kLanes;
+  x = warp_reduce(x, op);
+  __syncthreads();
+  if (threadIdx.x % kLanes == 0) spare[warp] = x;
+  __syncthreads();
+  T total = spare[0];
+  for (int i = 1; i < warps; ++i) total = op(total, spare[i]);
+  return total;
+}

@@ -1,0 +1,493 @@
+// w4a8_linear and w8a8_linear: 8-bit rows times weights of 4 or 8 bits on the integer tensor cores (mma.m16n8k32, sm_80 and later).
+//
+// Weights lie as the CPU kernels read them (layouts.py): tiles of 16 rows, each a stream of 64-byte pieces with 4 bytes a row. That
+// is a fragment order, too. A lane (group g = lane / 4, place p = lane % 4) takes 16 bytes of a piece, 4 neighbouring rows; two tiles
+// together are a pair of 32 rows, where lane group g owns rows 4 g .. 4 g + 3. The product does not mind in which order columns
+// are summed or rows are numbered, as long as both operands agree:
+//   4 bits: piece 4 s + p holds columns 32 s + 8 p ..: low nibbles are k 4 p .. 4 p + 3 of the instruction, high nibbles k 16 + 4 p ..
+//   8 bits: pieces 8 s + p and 8 s + 4 + p hold columns 32 s + 4 p .. and 32 s + 16 + 4 p ..
+//   rows: instruction j (0, 1) takes row 4 g + 2 j as its row g and 4 g + 2 j + 1 as its row g + 8.
+// So weights are on the side of 16 and the rows of x on the side of 8: one row of x wastes 7 columns, not 15.
+//
+// Sums over a group of columns are whole numbers and exact; outside, every operation is rounded as in reference.py and groups are
+// added in their order, so results equal the reference to the bit. Where several warps share the columns of an output (`decode`), every warp
+// hands over its groups one by one and they are added in order.
+#include "device.cuh"
+
+namespace {
+
+constexpr int kPieceBytes = 64;
+constexpr int kWarps = 8;  // of `decode`
+
+struct Linear {
+  const int8_t* x;  // (M, width), 16-byte aligned rows, zeros behind the columns of the weight
+  const float* sx;
+  const uint8_t* weight;
+  const float* scales;
+  const uint8_t* zeros;  // null: none
+  const void* bias;      // null: none
+  const float* offset;   // null: none
+  const float* rowsum;
+  void* y;
+  int M, N, width, tiles, pieces, groups;
+  int64_t scale_row, scale_group, zero_row, zero_group;  // strides of scales and zeros
+  int bias_type, y_type;
+};
+
+// y of one output; `total` is the sum over the groups.
+ARSP_DEVICE float finish(const Linear& l, float total, int m, int n) {
+  float y = __fmul_rn(total, l.sx[m]);
+  if (l.bias != nullptr) y = __fadd_rn(y, Numbers{l.bias, l.bias_type}[n]);
+  if (l.offset != nullptr) y = __fadd_rn(y, __fmul_rn(l.offset[m], l.rowsum[n]));
+  return y;
+}
+
+ARSP_DEVICE void store(const Linear& l, float y, int m, int n) {
+  const int64_t at = static_cast<int64_t>(m) * l.N + n;
+  if (l.y_type == kFloat) {
+    put(static_cast<float*>(l.y) + at, y);
+  } else {
+    put(static_cast<Bf16*>(l.y) + at, y);
+  }
+}
+
+// Scales and zero points of 4 neighbouring rows.
+struct RowGroup {
+  float scale[4];
+  int zero[4];
+};
+
+ARSP_DEVICE RowGroup load_rows(const Linear& l, int n, int group) {
+  RowGroup rows;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const bool valid = n + i < l.N && group < l.groups;
+    rows.scale[i] = valid ? __ldg(l.scales + (n + i) * l.scale_row + group * l.scale_group) : 0.f;
+    rows.zero[i] = valid && l.zeros != nullptr ? __ldg(l.zeros + (n + i) * l.zero_row + group * l.zero_group) : 0;
+  }
+  return rows;
+}
+
+// 16 bytes of weights of a step: one piece of 4-bit codes, two of 8-bit codes.
+template <bool k4>
+struct Words {
+  uint4 at[k4 ? 1 : 2];
+};
+
+// The operand of instruction j.
+template <bool k4>
+ARSP_DEVICE void operand(const Words<k4>& w, int j, uint32_t (&a)[4]) {
+  const uint32_t first = j == 0 ? w.at[0].x : w.at[0].z, second = j == 0 ? w.at[0].y : w.at[0].w;
+  if constexpr (k4) {
+    a[0] = first & 0x0f0f0f0fu, a[1] = second & 0x0f0f0f0fu;
+    a[2] = first >> 4 & 0x0f0f0f0fu, a[3] = second >> 4 & 0x0f0f0f0fu;
+  } else {
+    const uint32_t third = j == 0 ? w.at[1].x : w.at[1].z, fourth = j == 0 ? w.at[1].y : w.at[1].w;
+    a[0] = first ^ 0x80808080u, a[1] = second ^ 0x80808080u;
+    a[2] = third ^ 0x80808080u, a[3] = fourth ^ 0x80808080u;
+  }
+}
+
+// The sum of the columns of x in every row of the result.
+ARSP_DEVICE void add_columns(int (&sums)[4], uint2 x) {
+  const uint32_t ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+  mma_s8(sums, ones, x.x, x.y);
+}
+
+// ---- few rows of x: bound by reading the weights
+
+// A block owns kPairs pairs of tiles (32 rows of weights each) and all rows of x, at most 8 kCols. Its warps take units of kSteps steps
+// (32 columns each) in turn, a unit being a group, and have kAhead of them in flight. With kWhole (one group a row) sums stay
+// whole numbers until the end.
+template <bool k4, bool kWhole, int kSteps, int kCols, int kPairs>
+struct Decode {
+  static constexpr int kAhead = kCols * kPairs >= 4 ? 1 : kSteps * (k4 ? 1 : 2) >= 4 ? 2 : 4;  // what registers allow
+  static constexpr int kRows = 32 * kPairs, kPitch = kRows + 4;  // of a column of results in shared memory; + 4: banks
+  static constexpr int kSlot = 8 * kCols * kPitch;               // results of a warp
+  static constexpr size_t kShared = (kWhole ? 1 : 2) * kWarps * kSlot * sizeof(float);
+  static constexpr int kOutputs = kCols * kPairs;  // of a thread
+
+  struct Unit {
+    Words<k4> w[kSteps][kPairs];
+    uint2 x[kSteps][kCols];
+    RowGroup rows[kPairs];
+  };
+
+  static ARSP_DEVICE void load(const Linear& l, int first_tile, int unit, Unit& u) {
+    const int lane = threadIdx.x % kLanes, g = lane / 4, p = lane % 4;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int step = unit * kSteps + s;
+#pragma unroll
+      for (int r = 0; r < kPairs; ++r) {
+        const int tile = first_tile + 2 * r + g / 4;
+#pragma unroll
+        for (int h = 0; h < (k4 ? 1 : 2); ++h) {
+          const int piece = k4 ? 4 * step + p : 8 * step + 4 * h + p;
+          const int64_t at = (static_cast<int64_t>(tile) * l.pieces + piece) * kPieceBytes + g % 4 * 16;
+          u.w[s][r].at[h] = tile < l.tiles && piece < l.pieces ? load_once(l.weight + at) : nothing();
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) {
+        const int m = 8 * c + g;
+        const int8_t* row = l.x + static_cast<int64_t>(m) * l.width;
+        u.x[s][c] = make_uint2(0, 0);
+        if (m >= l.M) continue;
+        if constexpr (k4) {
+          const int k = 32 * step + 8 * p;
+          if (k < l.width) u.x[s][c] = __ldg(reinterpret_cast<const uint2*>(row + k));
+        } else {
+          const int k = 32 * step + 4 * p;
+          if (k < l.width) u.x[s][c].x = __ldg(reinterpret_cast<const uint32_t*>(row + k));
+          if (k + 16 < l.width) u.x[s][c].y = __ldg(reinterpret_cast<const uint32_t*>(row + k + 16));
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kPairs; ++r)
+      if (!kWhole) u.rows[r] = load_rows(l, 16 * first_tile + 32 * r + 4 * g, unit);
+  }
+
+  static ARSP_DEVICE uint4 nothing() {  // codes of 0
+    const uint32_t word = k4 ? 0 : 0x80808080u;
+    return make_uint4(word, word, word, word);
+  }
+
+  // Adds the products of a unit to acc, and the sums of x to sums.
+  static ARSP_DEVICE void multiply(const Unit& u, bool zeros, int (&acc)[kPairs][2][kCols][4], int (&sums)[kCols][4]) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+      for (int r = 0; r < kPairs; ++r) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          uint32_t a[4];
+          operand<k4>(u.w[s][r], j, a);
+#pragma unroll
+          for (int c = 0; c < kCols; ++c) mma_s8(acc[r][j][c], a, u.x[s][c].x, u.x[s][c].y);
+        }
+      }
+      if (zeros) {
+#pragma unroll
+        for (int c = 0; c < kCols; ++c) add_columns(sums[c], u.x[s][c]);
+      }
+    }
+  }
+
+  // Leaves what a warp has summed in its slot: rows 4 g .. 4 g + 3 of columns 2 p and 2 p + 1, a float or a whole number each.
+  static ARSP_DEVICE void hand_over(uint32_t* slot, const RowGroup (&rows)[kPairs], int (&acc)[kPairs][2][kCols][4], int (&sums)[kCols][4]) {
+    const int lane = threadIdx.x % kLanes, g = lane / 4, p = lane % 4;
+#pragma unroll
+    for (int r = 0; r < kPairs; ++r) {
+#pragma unroll
+      for (int c = 0; c < kCols; ++c) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          uint32_t out[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int inner = acc[r][i / 2][c][i % 2 * 2 + h] - rows[r].zero[i] * sums[c][h];
+            out[i] = kWhole ? static_cast<uint32_t>(inner) : __float_as_uint(__fmul_rn(__int2float_rn(inner), rows[r].scale[i]));
+          }
+          *reinterpret_cast<uint4*>(slot + (8 * c + 2 * p + h) * kPitch + 32 * r + 4 * g) = make_uint4(out[0], out[1], out[2], out[3]);
+        }
+      }
+    }
+  }
+
+  static ARSP_DEVICE void clear(int (&acc)[kPairs][2][kCols][4], int (&sums)[kCols][4]) {
+#pragma unroll
+    for (int c = 0; c < kCols; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sums[c][i] = 0;
+#pragma unroll
+        for (int r = 0; r < kPairs; ++r) acc[r][0][c][i] = acc[r][1][c][i] = 0;
+      }
+    }
+  }
+
+  static ARSP_DEVICE void run(const Linear& l, unsigned char* memory) {
+    uint32_t* const slots = reinterpret_cast<uint32_t*>(memory);
+    const int warp = threadIdx.x / kLanes, first_tile = 2 * kPairs * blockIdx.x, first_row = 16 * first_tile;
+    const int units = (l.pieces + (k4 ? 4 : 8) * kSteps - 1) / ((k4 ? 4 : 8) * kSteps), rounds = (units + kWarps - 1) / kWarps;
+    Unit ahead[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load(l, first_tile, i * kWarps + warp, ahead[i]);
+    int acc[kPairs][2][kCols][4], sums[kCols][4];
+    clear(acc, sums);
+    float total[kOutputs] = {};
+    for (int start = 0; start < rounds; start += kAhead) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int round = start + i;
+        if (round >= rounds) break;
+        multiply(ahead[i], l.zeros != nullptr, acc, sums);
+        if constexpr (kWhole) {
+          load(l, first_tile, (round + kAhead) * kWarps + warp, ahead[i]);
+        } else {
+          uint32_t* const half = slots + round % 2 * kWarps * kSlot;
+          hand_over(half + warp * kSlot, ahead[i].rows, acc, sums);
+          clear(acc, sums);
+          load(l, first_tile, (round + kAhead) * kWarps + warp, ahead[i]);
+          __syncthreads();  // slots of the round before last are free again: whoever is here has added them
+          const int num = min(kWarps, units - round * kWarps);
+#pragma unroll
+          for (int o = 0; o < kOutputs; ++o) {
+            const int at = threadIdx.x + o * kWarps * kLanes, from = at / kRows * kPitch + at % kRows;
+            for (int w = 0; w < num; ++w) total[o] = __fadd_rn(total[o], __uint_as_float(half[w * kSlot + from]));
+          }
+        }
+      }
+    }
+    if constexpr (kWhole) {
+      RowGroup rows[kPairs];
+#pragma unroll
+      for (int r = 0; r < kPairs; ++r) rows[r] = load_rows(l, first_row + 32 * r + threadIdx.x % kLanes / 4 * 4, 0);
+      hand_over(slots + warp * kSlot, rows, acc, sums);
+      __syncthreads();
+#pragma unroll
+      for (int o = 0; o < kOutputs; ++o) {
+        const int at = threadIdx.x + o * kWarps * kLanes, from = at / kRows * kPitch + at % kRows, n = first_row + at % kRows;
+        int inner = 0;
+        for (int w = 0; w < kWarps; ++w) inner += static_cast<int>(slots[w * kSlot + from]);
+        total[o] = __fmul_rn(__int2float_rn(inner), n < l.N ? l.scales[n * l.scale_row] : 0.f);
+      }
+    }
+#pragma unroll
+    for (int o = 0; o < kOutputs; ++o) {
+      const int at = threadIdx.x + o * kWarps * kLanes, m = at / kRows, n = first_row + at % kRows;
+      if (m < l.M && n < l.N) store(l, finish(l, total[o], m, n), m, n);
+    }
+  }
+};
+
+template <bool k4, bool kWhole, int kSteps, int kCols, int kPairs>
+__global__ void __launch_bounds__(kWarps* kLanes) decode(Linear l) {
+  ARSP_DYNAMIC_SHARED(memory);
+  Decode<k4, kWhole, kSteps, kCols, kPairs>::run(l, memory);
+}
+
+// ---- many rows of x: tiles in shared memory
+
+// A block owns kWarpsN x 32 kPairs rows of weights and kWarpsM x 32 rows of x, a warp 32 kPairs x 32. Both operands come in steps of 64
+// columns through a ring of kStages in shared memory. 16-byte words are placed so that the lanes of a load meet all banks.
+template <bool k4, bool kWhole, int kSteps, int kPairs, int kWarpsN, int kWarpsM>
+struct Tiles {
+  static constexpr int kStages = 4, kColumns = 64;
+  static constexpr int kThreads = kWarpsN * kWarpsM * kLanes;
+  static constexpr int kWeightTiles = 2 * kPairs * kWarpsN, kRowsX = 32 * kWarpsM;
+  static constexpr int kPieces = kColumns / (k4 ? 8 : 4);  // of a stage
+  static constexpr int kWeightBytes = kWeightTiles * kPieces * kPieceBytes, kStageBytes = kWeightBytes + kRowsX * kColumns;
+  static constexpr size_t kShared = static_cast<size_t>(kStages) * kStageBytes;
+
+  static ARSP_DEVICE int weight_at(int tile, int piece, int quad) {
+    return (tile * kPieces + piece) * kPieceBytes + (quad ^ (piece >> 1 & 1) * 2) * 16;
+  }
+  static ARSP_DEVICE int x_at(int row, int chunk) {  // chunks of 16 columns
+    return kWeightBytes + row * kColumns + (chunk ^ (k4 ? (row >> 1 & 1) * 2 : row >> 1 & 3)) * 16;
+  }
+
+  static ARSP_DEVICE void fetch(const Linear& l, int first_tile, int first_m, int iteration, unsigned char* stage) {
+    for (int i = threadIdx.x; i < kWeightBytes / 16; i += kThreads) {
+      const int quad = i % 4, piece = i / 4 % kPieces, tile = i / 4 / kPieces, from = iteration * kPieces + piece;
+      const bool valid = first_tile + tile < l.tiles && from < l.pieces;
+      const int64_t at = valid ? (static_cast<int64_t>(first_tile + tile) * l.pieces + from) * kPieceBytes + quad * 16 : 0;
+      copy_async(stage + weight_at(tile, piece, quad), l.weight + at, valid);  // where not valid, x is 0 or the row is not stored
+    }
+    for (int i = threadIdx.x; i < kRowsX * 4; i += kThreads) {
+      const int chunk = i % 4, row = i / 4, k = iteration * kColumns + chunk * 16;
+      const bool valid = first_m + row < l.M && k < l.width;
+      copy_async(stage + x_at(row, chunk), l.x + (valid ? static_cast<int64_t>(first_m + row) * l.width + k : 0), valid);
+    }
+  }
+
+  static ARSP_DEVICE void run(const Linear& l, unsigned char* memory) {
+    const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, p = lane % 4;
+    const int warp_n = warp % kWarpsN, warp_m = warp / kWarpsN;
+    const int first_tile = kWeightTiles * blockIdx.x, first_m = kRowsX * blockIdx.y;
+    const int first_n = 16 * first_tile + 32 * kPairs * warp_n;
+    const int iterations = (l.pieces + kPieces - 1) / kPieces;
+    int acc[kPairs][2][4][4] = {}, sums[4][4] = {};
+    float total[kPairs][2][4][4] = {};
+    RowGroup rows[kPairs];
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) {
+      if (i < iterations) fetch(l, first_tile, first_m, i, memory + i * kStageBytes);
+      copy_commit();
+    }
+    for (int iteration = 0; iteration < iterations; ++iteration) {
+      copy_wait<kStages - 2>();
+      __syncthreads();
+      const int next = iteration + kStages - 1;
+      if (next < iterations) fetch(l, first_tile, first_m, next, memory + next % kStages * kStageBytes);
+      copy_commit();
+      const unsigned char* const stage = memory + iteration % kStages * kStageBytes;
+#pragma unroll
+      for (int s = 0; s < 2; ++s) {
+        const int step = 2 * iteration + s;
+        if (!kWhole && step % kSteps == 0) {
+#pragma unroll
+          for (int r = 0; r < kPairs; ++r) rows[r] = load_rows(l, first_n + 32 * r + 4 * g, step / kSteps);
+        }
+        uint2 x[4];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int row = 32 * warp_m + 8 * c + g;
+          if constexpr (k4) {
+            x[c] = *reinterpret_cast<const uint2*>(stage + x_at(row, 2 * s + p / 2) + p % 2 * 8);
+          } else {
+            x[c].x = *reinterpret_cast<const uint32_t*>(stage + x_at(row, 2 * s) + 4 * p);
+            x[c].y = *reinterpret_cast<const uint32_t*>(stage + x_at(row, 2 * s + 1) + 4 * p);
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < kPairs; ++r) {
+          Words<k4> w;
+#pragma unroll
+          for (int h = 0; h < (k4 ? 1 : 2); ++h) {
+            const int piece = k4 ? 4 * s + p : 8 * s + 4 * h + p;
+            w.at[h] = *reinterpret_cast<const uint4*>(stage + weight_at(2 * (kPairs * warp_n + r) + g / 4, piece, g % 4));
+          }
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            uint32_t a[4];
+            operand<k4>(w, j, a);
+#pragma unroll
+            for (int c = 0; c < 4; ++c) mma_s8(acc[r][j][c], a, x[c].x, x[c].y);
+          }
+        }
+        if (l.zeros != nullptr) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) add_columns(sums[c], x[c]);
+        }
+        if (!kWhole && (step + 1) % kSteps == 0) add_group(rows, acc, sums, total);
+      }
+    }
+    if (kWhole) {
+#pragma unroll
+      for (int r = 0; r < kPairs; ++r) rows[r] = load_rows(l, first_n + 32 * r + 4 * g, 0);
+      add_group(rows, acc, sums, total);
+    }
+#pragma unroll
+    for (int r = 0; r < kPairs; ++r) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int m = first_m + 32 * warp_m + 8 * c + 2 * p + h, n = first_n + 32 * r + 4 * g;
+          if (m >= l.M) continue;
+          float y[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) y[i] = n + i < l.N ? finish(l, total[r][i / 2][c][i % 2 * 2 + h], m, n + i) : 0.f;
+          store_rows(l, y, m, n);
+        }
+      }
+    }
+  }
+
+  // total += float(acc - zero sums) scale, and both sums start again.
+  static ARSP_DEVICE void add_group(const RowGroup (&rows)[kPairs], int (&acc)[kPairs][2][4][4], int (&sums)[4][4], float (&total)[kPairs][2][4][4]) {
+#pragma unroll
+    for (int r = 0; r < kPairs; ++r) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            int& sum = acc[r][i / 2][c][i % 2 * 2 + h];
+            float& t = total[r][i / 2][c][i % 2 * 2 + h];
+            t = __fadd_rn(t, __fmul_rn(__int2float_rn(sum - rows[r].zero[i] * sums[c][h]), rows[r].scale[i]));
+            sum = 0;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[c][i] = 0;
+    }
+  }
+
+  // Four neighbouring outputs at once where they lie so.
+  static ARSP_DEVICE void store_rows(const Linear& l, const float (&y)[4], int m, int n) {
+    const int64_t at = static_cast<int64_t>(m) * l.N + n;
+    if (n + 4 <= l.N && l.N % 4 == 0) {
+      if (l.y_type == kFloat) {
+        *reinterpret_cast<uint4*>(static_cast<float*>(l.y) + at) =
+            make_uint4(__float_as_uint(y[0]), __float_as_uint(y[1]), __float_as_uint(y[2]), __float_as_uint(y[3]));
+      } else {
+        *reinterpret_cast<uint2*>(static_cast<Bf16*>(l.y) + at) = make_uint2(pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]));
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (n + i < l.N) store(l, y[i], m, n + i);
+  }
+};
+
+template <bool k4, bool kWhole, int kSteps, int kPairs, int kWarpsN, int kWarpsM>
+__global__ void __launch_bounds__(kWarpsN* kWarpsM* kLanes) tiles(Linear l) {
+  ARSP_DYNAMIC_SHARED(memory);
+  Tiles<k4, kWhole, kSteps, kPairs, kWarpsN, kWarpsM>::run(l, memory);
+}
+
+// ---- choice
+
+template <bool k4, bool kWhole, int kSteps, int kCols, int kPairs>
+int run_decode(const Linear& l, cudaStream_t stream) {
+  const dim3 grid((l.tiles + 2 * kPairs - 1) / (2 * kPairs));
+  constexpr size_t shared = Decode<k4, kWhole, kSteps, kCols, kPairs>::kShared;
+  return launch(decode<k4, kWhole, kSteps, kCols, kPairs>, grid, kWarps * kLanes, shared, stream, l);
+}
+
+template <bool k4, bool kWhole, int kSteps, int kPairs, int kWarpsN, int kWarpsM>
+int run_tiles(const Linear& l, cudaStream_t stream) {
+  using T = Tiles<k4, kWhole, kSteps, kPairs, kWarpsN, kWarpsM>;
+  const dim3 grid((l.tiles + T::kWeightTiles - 1) / T::kWeightTiles, (l.M + T::kRowsX - 1) / T::kRowsX);
+  return launch(tiles<k4, kWhole, kSteps, kPairs, kWarpsN, kWarpsM>, grid, T::kThreads, T::kShared, stream, l);
+}
+
+constexpr int kWideN = 8192;  // from here on 64 rows of weights a block still give more blocks than there are multiprocessors
+
+template <bool k4, bool kWhole, int kSteps>
+int run(const Linear& l, cudaStream_t stream) {
+  if (l.M == 0 || l.N == 0) return cudaSuccess;
+  constexpr int few = k4 ? kSteps : 2;  // 8-bit codes fill the registers twice as fast
+  if (l.M <= 8) return run_decode<k4, kWhole, few, 1, 1>(l, stream);
+  if (l.M <= 16) return l.N >= kWideN ? run_decode<k4, kWhole, few, 2, 2>(l, stream) : run_decode<k4, kWhole, few, 2, 1>(l, stream);
+  if (l.M <= 32) return run_decode<k4, kWhole, few, 4, 1>(l, stream);
+  if (l.M <= 64) return run_tiles<k4, kWhole, kSteps, 1, 2, 2>(l, stream);
+  return run_tiles<k4, kWhole, kSteps, 2, 2, 4>(l, stream);
+}
+
+}  // namespace
+
+// group: columns that share a scale, 32, 64 or 128; -1: all of a row.
+ARSP_EXPORT int arsp_w4a8_linear(const int8_t* x, int64_t width, const float* sx, const uint8_t* weight, int64_t tiles, int64_t pieces,
+                                 const float* scales, int64_t scale_row, int64_t scale_group, const uint8_t* zeros, int64_t zero_row,
+                                 int64_t zero_group, int group, const void* bias, int bias_type, const float* offset, const float* rowsum, void* y,
+                                 int y_type, int64_t M, int64_t N, cudaStream_t stream) {
+  Linear l{x, sx, weight, scales, zeros, bias, offset, rowsum, y, static_cast<int>(M), static_cast<int>(N), static_cast<int>(width),
+           static_cast<int>(tiles), static_cast<int>(pieces), 1, scale_row, scale_group, zero_row, zero_group, bias_type, y_type};
+  if (group > 0) l.groups = static_cast<int>(8 * pieces / group);
+  switch (group) {
+    case 32: return run<true, false, 1>(l, stream);
+    case 64: return run<true, false, 2>(l, stream);
+    case 128: return run<true, false, 4>(l, stream);
+    case -1: return run<true, true, 4>(l, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+ARSP_EXPORT int arsp_w8a8_linear(const int8_t* x, int64_t width, const float* sx, const uint8_t* weight, int64_t tiles, int64_t pieces,
+                                 const float* scale, int64_t scale_row, const void* bias, int bias_type, const float* offset, const float* rowsum,
+                                 void* y, int y_type, int64_t M, int64_t N, cudaStream_t stream) {
+  const Linear l{x, sx, weight, scale, nullptr, bias, offset, rowsum, y, static_cast<int>(M), static_cast<int>(N), static_cast<int>(width),
+                 static_cast<int>(tiles), static_cast<int>(pieces), 1, scale_row, 0, 0, 0, bias_type, y_type};
+  return run<false, true, 4>(l, stream);
+}

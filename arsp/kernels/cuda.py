@@ -1,0 +1,246 @@
+"""The CUDA implementations of the ops: checks, allocates and calls the launchers of csrc/cuda through ctypes.
+
+:func:`load_library` finds or makes the library and registers the functions of :class:`CudaOps` under the dispatch key CUDA, so
+``torch.ops.arsp.*`` runs them on CUDA tensors, inside CUDA graphs and under ``torch.compile``, too. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arsp.errors import ConfigError, ResourceError
+from arsp.kernels import build, nvcc, ops, reference
+
+# The launchers' parameters: p pointer, i int, l int64, f float, d double. All return 0 or a cudaError_t; the last one is the stream.
+LAUNCHERS = {
+    "quantize_per_token": "pilllpppippp",
+    "rms_norm_quantize": "pilpifllppppp",
+    "modulate_quantize": "pilppilllfllppppp",
+    "swiglu_quantize": "plplillppppp",
+    "gelu_quantize": "pilllpppp",
+    "w4a8_linear": "plppllpllpllipipppillp",
+    "w8a8_linear": "plppllplpipppillp",
+}
+_C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum Type of device.cuh
+MAX_COLUMNS = 16384  # of a row that is quantised
+ALIGNMENT = 16
+
+log = logging.getLogger(__name__)
+
+
+class CudaOps:
+    """The ops of a loaded library, each with the signature of its reference. ``emulated``: the library that tests build for the CPU."""
+
+    def __init__(self, path: Path, emulated: bool = False):
+        self.library = ctypes.CDLL(str(path))
+        self.emulated = emulated
+        for name, parameters in LAUNCHERS.items():
+            function = getattr(self.library, f"arsp_{name}")
+            function.argtypes = [_C_TYPES[kind] for kind in parameters]
+        self.library.arsp_error_string.restype = ctypes.c_char_p
+
+    def _call(self, name: str, like: Tensor, *arguments: Tensor | float | None) -> None:
+        """Launch on the current stream of the device of ``like``. RuntimeError: CUDA refused it."""
+        values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
+        function = getattr(self.library, f"arsp_{name}")
+        if self.emulated:
+            status = function(*values, None)
+        else:
+            with torch.cuda.device(like.device):
+                status = function(*values, torch.cuda.current_stream().cuda_stream)
+        if status:
+            raise RuntimeError(f"{name}: CUDA error {status}: {self.library.arsp_error_string(status).decode()}")
+
+    # ---- rows to 8 bits
+
+    def quantize_per_token(
+        self, x: Tensor, smooth_K: Tensor | None = None, signs_K: Tensor | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if not _quantisable(x):
+            return reference.quantize_per_token(x, smooth_K, signs_K, scale)
+        rows, xq, sx = _rows(x), empty(x.shape, torch.int8, x), empty(x.shape[:-1], torch.float32, x)
+        given = None if scale is None else scale.float().contiguous()
+        step = int(given is not None and given.numel() > 1)
+        self._call("quantize_per_token", x, *_matrix(rows), *rows.shape, *_balance(smooth_K, signs_K), given, step, xq, sx)
+        return xq, sx
+
+    def rms_norm_quantize(
+        self, x: Tensor, weight_K: Tensor, eps: float, smooth_K: Tensor | None = None, signs_K: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if not _quantisable(x, weight_K):
+            return reference.rms_norm_quantize(x, weight_K, eps, smooth_K, signs_K)
+        rows, xq, sx = _rows(x), empty(x.shape, torch.int8, x), empty(x.shape[:-1], torch.float32, x)
+        weight_K = weight_K.contiguous()
+        balance = _balance(smooth_K, signs_K)
+        self._call("rms_norm_quantize", x, *_matrix(rows), weight_K, _TYPES[weight_K.dtype], eps, *rows.shape, *balance, xq, sx)
+        return xq, sx
+
+    def modulate_quantize(
+        self, x_RnK: Tensor, scale_R1K: Tensor, shift_R1K: Tensor, eps: float, smooth_K: Tensor | None = None, signs_K: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        shared = scale_R1K.dim() == 3 and scale_R1K.shape[1] == 1 and scale_R1K.shape == shift_R1K.shape
+        if not (_quantisable(x_RnK, scale_R1K) and shared and scale_R1K.dtype == shift_R1K.dtype):
+            return reference.modulate_quantize(x_RnK, scale_R1K, shift_R1K, eps, smooth_K, signs_K)
+        rows, xq, sx = _rows(x_RnK), empty(x_RnK.shape, torch.int8, x_RnK), empty(x_RnK.shape[:-1], torch.float32, x_RnK)
+        scale, shift = (_rows(by.expand(x_RnK.shape[0], -1, -1)) for by in (scale_R1K, shift_R1K))
+        strides = (scale.stride(0), shift.stride(0))
+        balance = _balance(smooth_K, signs_K)
+        self._call(
+            "modulate_quantize", x_RnK, *_matrix(rows), scale, shift, _TYPES[scale.dtype], *strides, x_RnK.shape[1], eps,
+            *rows.shape, *balance, xq, sx,
+        )  # fmt: skip
+        return xq, sx
+
+    def swiglu_quantize(self, a: Tensor, b: Tensor, smooth_K: Tensor | None = None, signs_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not _quantisable(a, b) or a.dtype != b.dtype:
+            return reference.swiglu_quantize(a, b, smooth_K, signs_K)
+        gate, up, xq, sx = _rows(a), _rows(b), empty(a.shape, torch.int8, a), empty(a.shape[:-1], torch.float32, a)
+        balance = _balance(smooth_K, signs_K)
+        self._call("swiglu_quantize", a, gate, gate.stride(0), up, up.stride(0), _TYPES[a.dtype], *gate.shape, *balance, xq, sx)
+        return xq, sx
+
+    def gelu_quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if not _quantisable(x):
+            return reference.gelu_quantize(x)
+        rows, xq = _rows(x), empty(x.shape, torch.int8, x)
+        sx, offset = (empty(x.shape[:-1], torch.float32, x) for _ in range(2))
+        self._call("gelu_quantize", x, *_matrix(rows), *rows.shape, xq, sx, offset)
+        return xq, sx, offset
+
+    # ---- linear layers
+
+    def w8a8_linear(
+        self, xq: Tensor, sx: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
+        offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        codes, y = _codes(xq), empty((*xq.shape[:-1], len(scale_N)), dtype, xq)
+        scales = (scale_N, scale_N.stride(0))
+        end = _epilogue(bias_N, offset, rowsum_N, y)
+        self._call("w8a8_linear", xq, codes, codes.shape[1], sx.contiguous(), *_weight(weight), *scales, *end, len(codes), len(scale_N))
+        return y
+
+    def w4a8_linear(
+        self, xq: Tensor, sx: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
+        offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        num, groups = scales_NG.shape
+        codes, y = _codes(xq), empty((*xq.shape[:-1], num), dtype, xq)
+        group = -1 if groups == 1 else xq.shape[-1] // groups
+        if group not in (32, 64, 128, -1):
+            raise ConfigError(f"w4a8_linear: no CUDA kernel for groups of {group} columns.", "32, 64, 128 or all columns are offered.")
+        scales = (scales_NG, *scales_NG.stride(), zeros_NG, *zeros_NG.stride(), group)
+        end = _epilogue(bias_N, offset, rowsum_N, y)
+        self._call("w4a8_linear", xq, codes, codes.shape[1], sx.contiguous(), *_weight(weight), *scales, *end, len(codes), num)
+        return y
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """What kernels write their results to."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _quantisable(x: Tensor, *others: Tensor) -> bool:
+    return x.dtype in _TYPES and 0 < x.shape[-1] <= MAX_COLUMNS and all(other.dtype in _TYPES for other in others)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` as a matrix with neighbouring columns, in place where its strides allow."""
+    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def _matrix(rows: Tensor) -> tuple[Tensor, int, int]:
+    return rows, _TYPES[rows.dtype], rows.stride(0)
+
+
+def _balance(smooth_K: Tensor | None, signs_K: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return None if smooth_K is None else smooth_K.float().contiguous(), None if signs_K is None else signs_K.contiguous()
+
+
+def _codes(xq: Tensor) -> Tensor:
+    """Rows of codes that begin at multiples of 16 bytes, filled up with zeros."""
+    codes = xq.flatten(0, -2) if xq.dim() > 1 else xq[None]
+    codes = F.pad(codes, (0, -codes.shape[1] % ALIGNMENT)).contiguous()
+    return codes if codes.data_ptr() % ALIGNMENT == 0 else codes.clone()
+
+
+def _weight(weight: Tensor) -> tuple[Tensor, int, int]:
+    """Packed weight, tiles and pieces a tile."""
+    weight = weight.contiguous()
+    return weight, weight.shape[0], weight.shape[1]
+
+
+def _epilogue(bias_N: Tensor | None, offset: Tensor | None, rowsum_N: Tensor | None, y: Tensor) -> tuple[Tensor | int | None, ...]:
+    if bias_N is not None and bias_N.dtype not in _TYPES:
+        bias_N = bias_N.float()
+    shifted = offset is not None and rowsum_N is not None
+    kept = [None if t is None else t.contiguous() for t in (bias_N, offset if shifted else None, rowsum_N if shifted else None)]
+    return kept[0], _TYPES[torch.float32 if bias_N is None else bias_N.dtype], kept[1], kept[2], y, _TYPES[y.dtype]
+
+
+# ---- finding or making the library
+
+
+def device_architecture() -> str:
+    """What of :data:`nvcc.ARCHITECTURES` serves the current device best. ResourceError: no device, or one older than sm_80."""
+    if not torch.cuda.is_available():
+        raise ResourceError("no CUDA device is available")
+    major, minor = torch.cuda.get_device_capability()
+    fitting = [arch for arch in nvcc.ARCHITECTURES if (int(arch.rstrip("a")) // 10, int(arch.rstrip("a")) % 10) <= (major, minor)]
+    if not fitting:
+        raise ResourceError(f"the CUDA kernels need a device of compute capability 8.0, this one has {major}.{minor}")
+    return fitting[-1]
+
+
+def cached_library(architecture: str) -> Path:
+    """Where the library that this machine's nvcc compiles for an architecture is, or will be."""
+    version = ".".join(map(str, nvcc.nvcc_version(str(nvcc.find_nvcc()))))
+    return build.cache_root() / "kernels" / f"cuda-{nvcc.source_digest()}-{version}-sm{architecture}.so"
+
+
+def find_library() -> tuple[Path, str]:
+    """The library for the current device, and where it comes from: the package, or compiled now if it was not. ResourceError: no
+    device, no nvcc, or compiling failed."""
+    architecture = device_architecture()
+    prebuilt = nvcc.prebuilt_library()
+    if prebuilt.exists():
+        return prebuilt, "prebuilt in the package"
+    target = cached_library(architecture)
+    # a newer device than all named ones gets PTX, which its driver compiles
+    newer = torch.cuda.get_device_capability() > (9, 0)
+
+    def make(path: Path) -> None:
+        log.warning("compiling the CUDA kernels for sm_%s with %s, once (about a minute)", architecture, nvcc.find_nvcc())
+        started = time.perf_counter()
+        nvcc.compile_library(path, () if newer else (architecture,), ptx=newer)
+        log.info("compiled %s in %.1f s", path, time.perf_counter() - started)
+
+    return build.cached(target, make), f"compiled for sm_{architecture} into {build.cache_root()}"
+
+
+_loaded: list[tuple[CudaOps, str]] = []
+
+
+def load_library() -> str:
+    """Find or compile the library and register it, once; returns where it comes from. ResourceError: there is none."""
+    if not _loaded:
+        path, origin = find_library()
+        try:
+            kernels = CudaOps(path)
+        except (OSError, AttributeError) as error:
+            raise ResourceError(f"{path} does not load: {error}", "Delete it; it is compiled again at the next use.") from error
+        for name in LAUNCHERS:
+            torch.library.impl(f"arsp::{name}", "CUDA", getattr(kernels, name))
+        _loaded.append((kernels, origin))
+    return _loaded[0][1]
+
+
+assert ops  # the schemas come first

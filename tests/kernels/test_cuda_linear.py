@@ -1,0 +1,136 @@
+"""The CUDA kernels of quantised linear layers give the very bits of the reference, on the emulated device and on a real one."""
+
+import numpy as np
+import pytest
+import torch
+from cuda_emulation import TARGETS
+
+from arsp.errors import ConfigError
+from arsp.kernels import layouts, reference
+
+ROWS = (1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 129)  # both sides of every kernel's range
+OUTPUTS = (1, 17, 113, 160)  # neither multiples of a tile nor of the rows of a block, and one that is
+
+
+def pack_words(codes_NK):
+    """The canonical words: code 8 w + i in bits 4 i of word w."""
+    words = np.zeros((codes_NK.shape[0], codes_NK.shape[1] // 8), np.uint32)
+    for i in range(8):
+        words |= codes_NK[:, i::8].numpy().astype(np.uint32) << (4 * i)
+    return torch.from_numpy(words.view(np.int32))
+
+
+def draw_x(rows, columns, generator):
+    x = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    return x, torch.rand(rows, generator=generator) + 0.01
+
+
+def draw_w4(rows, columns, outputs, group, seed=0):
+    """Arguments of ``w4a8_linear`` before the bias."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = 1 if group < 0 else columns // group
+    codes = torch.randint(0, 16, (outputs, columns), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (outputs, groups), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(outputs, groups, generator=generator)
+    return *draw_x(rows, columns, generator), layouts.pack_w4_cpu(pack_words(codes)), scales, zeros
+
+
+def draw_w8(rows, columns, outputs, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-128, 128, (outputs, columns), generator=generator, dtype=torch.int8)
+    return *draw_x(rows, columns, generator), layouts.pack_w8_cpu(codes), torch.rand(outputs, generator=generator)
+
+
+def ending(rows, outputs):
+    """Bias, type, offset and rowsum: none, some or all."""
+    generator = torch.Generator().manual_seed(rows + outputs)
+    bias, rowsum, offset = (torch.randn(size, generator=generator) for size in (outputs, outputs, rows))
+    return [(None, torch.float32), (bias, torch.bfloat16), (bias.bfloat16(), torch.float32, offset, rowsum)][(rows + outputs) % 3]
+
+
+def same(found, wanted, what):
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape, f"{what}: {found.dtype} {tuple(found.shape)}"
+    assert torch.equal(found, wanted), f"{what}: {(found != wanted).sum().item()} of {found.numel()} results differ from the reference"
+
+
+@TARGETS
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+def test_4_bit_layers_equal_the_reference_to_the_bit(target, group):
+    for rows in ROWS:
+        for outputs in OUTPUTS:
+            for columns in (128, 2432 if outputs == 17 else 384) if group > 0 else (8, 136, 2040):
+                arguments = (*draw_w4(rows, columns, outputs, group, rows + outputs), *ending(rows, outputs))
+                same(target("w4a8_linear", *arguments), reference.w4a8_linear(*arguments), f"M={rows} N={outputs} K={columns} g={group}")
+
+
+@TARGETS
+def test_8_bit_layers_equal_the_reference_to_the_bit(target):
+    for rows in ROWS:
+        for outputs in OUTPUTS:
+            for columns in (1, 97, 768):
+                arguments = (*draw_w8(rows, columns, outputs, rows + outputs), *ending(rows, outputs))
+                same(target("w8a8_linear", *arguments), reference.w8a8_linear(*arguments), f"M={rows} N={outputs} K={columns}")
+
+
+@TARGETS
+def test_wide_layers_take_their_own_path(target):
+    arguments = draw_w4(16, 256, 8200, 128)
+    same(target("w4a8_linear", *arguments, None, torch.float32), reference.w4a8_linear(*arguments, None, torch.float32), "N=8200, 4 bits")
+    arguments = draw_w8(11, 64, 8200)
+    same(target("w8a8_linear", *arguments, None, torch.float32), reference.w8a8_linear(*arguments, None, torch.float32), "N=8200, 8 bits")
+
+
+@TARGETS
+def test_largest_sums_do_not_overflow(target):
+    for rows in (3, 33):
+        xq, sx, weight, scales, zeros = draw_w4(rows, 65528, 17, -1)
+        weight.fill_(255), zeros.zero_(), xq.fill_(-128)
+        arguments = (xq, sx, weight, scales, zeros, None, torch.float32)
+        same(target("w4a8_linear", *arguments), reference.w4a8_linear(*arguments), f"4 bits, {rows} rows")
+        xq, sx, weight, scale = draw_w8(rows, 65535, 17)
+        weight.zero_(), xq.fill_(-128)  # a byte of 0 is the code -128
+        arguments = (xq, sx, weight, scale, None, torch.float32)
+        same(target("w8a8_linear", *arguments), reference.w8a8_linear(*arguments), f"8 bits, {rows} rows")
+
+
+@TARGETS
+def test_rows_that_are_not_finite_stay_visible_and_touch_no_other(target):
+    for rows in (3, 40):
+        xq, sx, *rest = draw_w4(rows, 128, 33, 32)
+        clean = target("w4a8_linear", xq, sx, *rest, None, torch.float32)
+        sx[1], sx[2] = torch.nan, torch.inf
+        xq[1:3] = 0
+        found = target("w4a8_linear", xq, sx, *rest, None, torch.float32)
+        assert found[1:3].isnan().all() and torch.equal(found[0], clean[0]) and torch.equal(found[3:], clean[3:])
+
+
+@TARGETS
+def test_a_row_depends_on_neither_the_other_rows_nor_the_strides(target):
+    xq, sx, weight, scales, zeros = draw_w4(70, 512, 96, 128)
+    together = target("w4a8_linear", xq, sx, weight, scales, zeros, None, torch.float32)
+    for num in (1, 2, 9, 20, 50):
+        same(target("w4a8_linear", xq[:num], sx[:num], weight, scales, zeros, None, torch.float32), together[:num], f"{num} rows")
+    by_column = (scales.mT.contiguous().mT, zeros.mT.contiguous().mT)
+    same(target("w4a8_linear", xq, sx, weight, *by_column, None, torch.float32), together, "scales kept by columns")
+    strided = torch.empty(70, 1024, dtype=torch.int8)[:, ::2].copy_(xq)
+    same(target("w4a8_linear", strided, sx, weight, scales, zeros, None, torch.float32), together, "strided codes")
+    shifted = torch.empty(70 * 512 + 8, dtype=torch.int8)[8:].view(70, 512).copy_(xq)
+    same(target("w4a8_linear", shifted, sx, weight, scales, zeros, None, torch.float32), together, "codes at an odd address")
+    part = (weight[2:5], scales[32:80], zeros[32:80])
+    same(target("w4a8_linear", xq, sx, *part, None, torch.float32), together[:, 32:80].contiguous(), "rows 32 to 79 of the weight")
+    grown = target("w4a8_linear", xq.view(7, 10, 512), sx.view(7, 10), weight, scales, zeros, None, torch.float32)
+    same(grown, together.view(7, 10, 96), "three dimensions")
+
+
+@TARGETS
+def test_no_rows_give_no_results(target):
+    assert target("w4a8_linear", *draw_w4(0, 128, 17, 64), None, torch.float32).shape == (0, 17)
+
+
+def test_groups_that_are_not_offered_are_refused():
+    from cuda_emulation import emulated_ops
+
+    arguments = list(draw_w4(2, 96, 17, 32))
+    arguments[3:] = arguments[3][:, :2].contiguous(), arguments[4][:, :2].contiguous()
+    with pytest.raises(ConfigError, match="groups of 48"):
+        emulated_ops().w4a8_linear(*arguments, None, torch.float32)
