@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from arsp.cli.options import CommandContext, command, make_table
+from arsp.errors import ResourceError
 
 OPTIONAL = ("torchvision", "torch-fidelity", "scipy", "matplotlib", "pillow", "safetensors", "huggingface_hub", "transformers", "pytest")
 
@@ -16,6 +17,22 @@ def kernel_backends() -> list[dict[str, Any]]:
     return [dict(row) for row in kernels.backends()]
 
 
+def cuda_kernels() -> str:
+    """Which CUDA kernels the package brings, this machine can compile, and whether a device uses them."""
+    from arsp.kernels import cuda, nvcc
+
+    usable, reason = cuda.state()
+    if usable:
+        return reason
+    try:
+        found = nvcc.find_nvcc()
+        compiler = f"{found} ({'.'.join(map(str, nvcc.nvcc_version(str(found))))})"
+    except ResourceError as error:
+        compiler = error.message
+    prebuilt = "in the package" if nvcc.prebuilt_library().exists() else "none"
+    return f"not used: {reason}; prebuilt: {prebuilt}; compiler: {compiler}"
+
+
 def collect(device: str) -> dict[str, Any]:
     """The environment with torch imported, packages and operators."""
     import torch
@@ -24,6 +41,7 @@ def collect(device: str) -> dict[str, Any]:
 
     block = environment(device)
     block["cuda_devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    block["cuda_kernels"] = cuda_kernels()
     block["runs"] = str(runs_root().resolve())
     block["packages"] = {name: package_version(name) for name in OPTIONAL}
     block["kernels"] = kernel_backends()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arsp.errors import ConfigError, ResourceError, nearest
-from arsp.kernels import build, ops, reference
+from arsp.kernels import build, cuda, ops, reference
 from arsp.kernels.layouts import TILE, pack_w4_cpu, pack_w8_cpu
 
 __all__ = [
@@ -46,6 +46,8 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _wanted: str | None = None  # None: $ARSP_KERNELS, or auto
 _compiled = False  # the library is loaded and to be used
 _reason: str | None = None  # its instruction set, or why it is not used; None = not decided yet
+_cuda_loaded = False  # the same for the CUDA library
+_cuda_reason: str | None = None
 _lock = threading.Lock()
 
 
@@ -70,36 +72,68 @@ def _applies(*tensors: Tensor) -> bool:
     """Whether the compiled kernels take these floating-point tensors. The first time, this decides whether there are any."""
     grad = torch.is_grad_enabled()
     for tensor in tensors:
-        if not tensor.is_cpu or tensor.dtype not in _DTYPES or (grad and tensor.requires_grad):
+        if tensor.dtype not in _DTYPES or (grad and tensor.requires_grad):
             return False
+        if not tensor.is_cpu:
+            return _applies_on_cuda(*tensors)
     if _reason is None and not torch.compiler.is_compiling():
         _decide()
     return _compiled
 
 
+def _decide_on_cuda() -> None:
+    """Load the CUDA kernels (compiling them if neither the package nor this machine has them), or note why they cannot be."""
+    global _cuda_loaded, _cuda_reason
+    if _wanted is None:
+        set_backend(os.environ.get("ARSP_KERNELS") or "auto")
+    with _lock:
+        if _cuda_reason is not None:
+            return
+        if _wanted in ("reference", "cpu"):
+            _cuda_loaded, _cuda_reason = False, f"chosen with --kernels {_wanted}"
+            return
+        try:
+            _cuda_loaded, _cuda_reason = True, cuda.load_library()
+        except ResourceError as error:
+            _cuda_loaded, _cuda_reason = False, error.message
+
+
+def _applies_on_cuda(*tensors: Tensor) -> bool:
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if not tensor.is_cuda or tensor.dtype not in _DTYPES or (grad and tensor.requires_grad):
+            return False
+    if _cuda_reason is None and not torch.compiler.is_compiling():
+        _decide_on_cuda()
+    return _cuda_loaded
+
+
 def set_backend(name: str) -> None:
-    """Choose among ``BACKENDS`` for this process. ConfigError: unknown, or no op has such a kernel. ResourceError: ``cpu`` was
-    asked for and the kernels cannot be compiled, or ``cuda`` and there is no such device."""
-    global _wanted, _compiled, _reason
+    """Choose among ``BACKENDS`` for this process. ConfigError: unknown. ResourceError: ``cpu`` or ``cuda`` was asked for and its
+    kernels cannot be compiled, or there is no such device."""
+    global _wanted, _compiled, _reason, _cuda_loaded, _cuda_reason
     if name not in BACKENDS:
         raise ConfigError(f"unknown kernel back end {name!r}", nearest(name, BACKENDS))
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            raise ResourceError("--kernels cuda: no CUDA device is available", "Use --kernels auto.")
-        raise ConfigError("--kernels cuda: no op has a CUDA kernel; torch's own are used on the GPU", "Use --kernels auto.")
     with _lock:
         _wanted, _compiled, _reason = name, False, None
-    if name == "cpu":
-        _decide()
-        if not _compiled:
-            raise ResourceError(f"--kernels cpu: {_reason}", "Use --kernels auto or --kernels reference.")
+        _cuda_loaded, _cuda_reason = False, None
+    for asked, decide in (("cpu", _decide), ("cuda", _decide_on_cuda)):
+        if name == asked:
+            decide()
+            if not (_compiled or _cuda_loaded):
+                raise ResourceError(f"--kernels {name}: {_cuda_reason or _reason}", "Use --kernels auto or --kernels reference.")
 
 
 def backends() -> list[dict[str, str]]:
-    """One ``{"op", "backend", "reason"}`` per op. Compiles nothing: a library that is not there yet is announced."""
+    """One ``{"op", "backend", "reason"}`` per op, and one more for CUDA tensors where there is a device. Compiles nothing: a library
+    that is not there yet is announced."""
     if _wanted is None:
         set_backend(os.environ.get("ARSP_KERNELS") or "auto")
-    if _reason is None and _wanted == "auto":
+    return _cpu_backends() + (_cuda_backends() if torch.cuda.is_available() else [])
+
+
+def _cpu_backends() -> list[dict[str, str]]:
+    if _reason is None and _wanted in ("auto", "cuda"):
         try:
             if not build.library_path().exists():
                 reason = f"compiled at the first use with {build.compiler_version()} into {build.cache_root()}"
@@ -112,6 +146,16 @@ def backends() -> list[dict[str, str]]:
     return [{"op": op, "backend": "reference", "reason": str(_reason)} for op in OPS]
 
 
+def _cuda_backends() -> list[dict[str, str]]:
+    usable, reason = (_cuda_loaded, _cuda_reason) if _cuda_reason is not None or _wanted in ("reference", "cpu") else cuda.state()
+    rows = []
+    for op in OPS:
+        backend = "cuda" if usable and op in cuda.LIMITS else "reference"
+        why = f"{reason}; {cuda.LIMITS[op]}" if backend == "cuda" else "torch's own is used" if usable else reason
+        rows.append({"op": f"{op} (CUDA)", "backend": backend, "reason": str(why or f"chosen with --kernels {_wanted}")})
+    return rows
+
+
 def small_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """``x weight^T`` for few rows: (..., K) and (N, K) -> (..., N), dtype of ``x``.
 
@@ -119,7 +163,7 @@ def small_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     apply (more than ``MAX_ROWS`` rows, gradients, another device or dtype, no compiler) this is ``torch.nn.functional.linear``.
     """
     width = x_MK.shape[-1]
-    if width == 0 or x_MK.numel() > MAX_ROWS * width or not weight_NK.is_contiguous() or not _applies(x_MK, weight_NK):
+    if width == 0 or x_MK.numel() > MAX_ROWS * width or not (x_MK.is_cpu and weight_NK.is_contiguous() and _applies(x_MK, weight_NK)):
         return reference.small_linear(x_MK, weight_NK)
     if x_MK.dim() == 2:
         return ops.small_linear(x_MK, weight_NK)

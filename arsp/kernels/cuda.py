@@ -31,6 +31,16 @@ LAUNCHERS = {
 _C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum Type of device.cuh
 MAX_COLUMNS = 16384  # of a row that is quantised
+_QUANTISING = f"float32 and bfloat16, up to {MAX_COLUMNS} columns, torch otherwise"
+LIMITS = {  # op -> where its kernel is used
+    "quantize_per_token": _QUANTISING,
+    "rms_norm_quantize": _QUANTISING,
+    "modulate_quantize": _QUANTISING,
+    "swiglu_quantize": _QUANTISING,
+    "gelu_quantize": _QUANTISING,
+    "w8a8_linear": "always",
+    "w4a8_linear": "groups of 32, 64, 128 or all columns",
+}
 ALIGNMENT = 16
 
 log = logging.getLogger(__name__)
@@ -204,6 +214,20 @@ def cached_library(architecture: str) -> Path:
     """Where the library that this machine's nvcc compiles for an architecture is, or will be."""
     version = ".".join(map(str, nvcc.nvcc_version(str(nvcc.find_nvcc()))))
     return build.cache_root() / "kernels" / f"cuda-{nvcc.source_digest()}-{version}-sm{architecture}.so"
+
+
+def state() -> tuple[bool, str]:
+    """Whether CUDA tensors would get kernels, and which library or why not. Compiles nothing."""
+    try:
+        architecture = device_architecture()
+        prebuilt = nvcc.prebuilt_library()
+        if prebuilt.exists():
+            return True, "prebuilt in the package"
+        if cached_library(architecture).exists():
+            return True, f"compiled for sm_{architecture} into {build.cache_root()}"
+        return True, f"compiled for sm_{architecture} at the first use with {nvcc.find_nvcc()} into {build.cache_root()}"
+    except ResourceError as error:
+        return False, error.message
 
 
 def find_library() -> tuple[Path, str]:
