@@ -37,12 +37,13 @@ from arsp.decode.schedule import ScaleRow, ScaleStep, describe_rows, load_schedu
 from arsp.decode.smooth import SmoothGenerator
 from arsp.errors import ConfigError, InputError, nearest
 from arsp.protocols import Generation, Generator, Request
+from arsp.quant.linear import SimulatedLinear
 from arsp.registry import Registry
 from arsp.rng import Purpose, keyed_labels
 from arsp.runs import atomic_file, cache_root, check_stop
 from arsp.tokenizers.fast_decode import PixelDecoder, prepare_decoder
 from arsp.tokenizers.pixels import resize_for_evaluation, to_uint8
-from arsp.zoo.load import LoadedModel, ModelSource, load_model, resolve
+from arsp.zoo.load import LoadedModel, ModelSource, load_model, module_bytes, resolve
 from arsp.zoo.steps import beside, check_steps, load_steps, parts_of
 
 SAMPLERS = Registry("samplers")
@@ -204,13 +205,19 @@ class Stack:
             "kv_bytes": self.stats.get("kv_bytes"),
             "latency_ms": {"p50": per_image[len(per_image) // 2], "p95": per_image[min(len(per_image) - 1, int(len(per_image) * 0.95))]},
             "images_per_s": sum(rows for rows, _ in self.batch_seconds) / total if total else None,
-            "weight_bytes": sum(p.numel() * p.element_size() for module in self.modules() for p in module.parameters()),
-            "simulated": any(step.policy.simulated for step in self.steps),
+            "weight_bytes": sum(module_bytes(module) for module in self.modules()),
+            "simulated": self.simulated,
             **({"attention": reports} if reports else {}),
             **(
                 {"verify": self.generator.statistics.report(self.model.source.layout.grid)} if hasattr(self.generator, "statistics") else {}
             ),
         }
+
+    @property
+    def simulated(self) -> bool:
+        """Whether work that is said to be saved is done all the same: windows only masked, integers only rounded to."""
+        networks = (part for module in self.modules() for part in module.modules())
+        return any(step.policy.simulated for step in self.steps) or any(isinstance(part, SimulatedLinear) for part in networks)
 
     def modules(self) -> list[Any]:
         """Every network of the stack once."""

@@ -17,6 +17,7 @@ from arsp.models.llamagen import GPT
 from arsp.models.var import VAR
 from arsp.runs import check_stop
 from arsp.stack import Stack, labels_for
+from arsp.zoo.load import module_bytes
 
 EAGER = "eager official-way loop"
 
@@ -63,13 +64,13 @@ class Contender:
 def stack_contender(name: str, stack: Stack, *, num: int, batch_size: int, seed: int, decode: bool) -> Contender:
     """Times ``stack``: its codes, and their images where ``decode`` is set."""
     labels = labels_for(stack, num, seed, None)
-    stats: dict[str, Any] = {}
+    stats: dict[str, Any] = {"simulated": stack.simulated}
 
     @torch.inference_mode()
     def work() -> None:
         for ids in torch.arange(num).split(batch_size):
             generation = stack.generator.generate(stack.request(ids, seed, None if labels is None else labels[ids]))
-            stats.update(generation.stats, simulated=any(step.policy.simulated for step in stack.steps))
+            stats.update(generation.stats)
             if reports := stack.attention_reports():
                 stats["attention"] = reports
             if decode:
@@ -85,10 +86,10 @@ def stack_contender(name: str, stack: Stack, *, num: int, batch_size: int, seed:
 def known_cost(stack: Stack, batch_size: int, decode: bool) -> dict[str, Any]:
     """Weight bytes, those of the last model of a schedule on their own; for an AR teacher also the MACs of an image (of a VAR by part,
     its tokenizer's decoder with ``decode``), and of a GPT the cache bytes of its last pass (exactly the valid slots)."""
-    block: dict[str, Any] = {"weight_bytes": weight_bytes(stack.modules())}
+    block: dict[str, Any] = {"weight_bytes": sum(module_bytes(module) for module in stack.modules())}
     module = stack.model.module
     if len({step.owner for step in stack.steps}) > 1:
-        block["last_weight_bytes"] = weight_bytes([stack.steps[-1].model])
+        block["last_weight_bytes"] = module_bytes(stack.steps[-1].model)
     if stack.config.baseline is not None or stack.config.sampler != "ar":
         return block
     if isinstance(module, GPT):
@@ -97,15 +98,12 @@ def known_cost(stack: Stack, batch_size: int, decode: bool) -> dict[str, Any]:
         block["kv_bytes"] = cost.kv_bytes(config, slots, halves * batch_size, dtype)
         if halves == 1 or stack.guidance.interval <= -1:
             block["macs"] = cost.decode_macs(config, rows=halves)
-            block["moved_bytes_per_batch"] = cost.decode_bytes(config, rows=halves * batch_size, dtype=dtype)
+            if "quantization" not in stack.model.source.card:
+                block["moved_bytes_per_batch"] = cost.decode_bytes(config, rows=halves * batch_size, dtype=dtype)
     elif isinstance(module, VAR):
         steps = stack.steps or plain_steps(module)
         block |= _var_macs(stack, decode, cost_var.count_steps(steps, guidance=stack.guidance.active))
     return block
-
-
-def weight_bytes(modules: Sequence[torch.nn.Module]) -> int:
-    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
 def _var_macs(stack: Stack, decode: bool, parts: list[cost_var.Part]) -> dict[str, Any]:
@@ -117,6 +115,10 @@ def eager_contender(stack: Stack, *, num: int, batch_size: int, seed: int, decod
     """The same weights and sampling rule, run the way the official code does it; images too where ``decode`` is set (VAR only, in
     float32 whatever the stack's precision). ConfigError where it does not apply."""
     module = stack.model.module
+    if "quantization" in stack.model.source.card:
+        raise ConfigError(
+            f"--baseline eager: {stack.name} is quantised, the official loop takes floating-point weights.", "Use its base model."
+        )
     if isinstance(module, VAR):
         return _eager_var(stack, num=num, batch_size=batch_size, seed=seed, decode=decode)
     if not isinstance(module, GPT) or module.config.model_type != "c2i":
@@ -161,7 +163,7 @@ def _eager_var(stack: Stack, *, num: int, batch_size: int, seed: int, decode: bo
             check_stop()
 
     known = {
-        "weight_bytes": weight_bytes([model]),
+        "weight_bytes": module_bytes(model),
         "kv_bytes": official_var.cache_bytes(model, min(num, batch_size)),
         **_var_macs(stack, decode, cost_var.count_parts(model.config, guidance=True, adaln_per_scale=True)),
     }

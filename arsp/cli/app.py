@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "arsp.cli.train:train",
     "distill": "arsp.cli.distill:distill",
     "sparsify": "arsp.cli.sparsify:sparsify",
+    "quantize": "arsp.cli.quantize:quantize",
     "sample": "arsp.cli.sample:sample",
     "speculate": "arsp.cli.speculate:speculate",
     "evaluate": "arsp.cli.evaluate:evaluate",

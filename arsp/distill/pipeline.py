@@ -24,7 +24,7 @@ from arsp.distill.trajectories import Trajectories, TrajectoryRule, generate_sha
 from arsp.errors import ConfigError, InputError
 from arsp.train.loop import OptimConfig, fit
 from arsp.zoo.bundle import save_bundle
-from arsp.zoo.load import LoadedModel, ModelSource
+from arsp.zoo.load import LoadedModel, ModelSource, tokenizer_entry
 
 
 class TrajectoryConfig(StrictModel):
@@ -230,16 +230,13 @@ def export(
     path: Path,
 ) -> None:
     """Write the student's bundle: self-contained unless the teacher's tokenizer is an embedded one, which is referred to."""
-    spec = teacher.source.tokenizer
-    embedded = "bundle" in spec
     save_bundle(
         path,
         family=teacher.source.family.name,
         kind="student",
         config=teacher.source.config,
         model=task.trained.state_dict(),
-        tokenizer=spec if embedded else {"config": _jsonable_config(teacher.tokenizer.config)},
-        tokenizer_weights=None if embedded else teacher.tokenizer.state_dict(),
+        **tokenizer_entry(teacher),
         method=config.method,
         teacher=teacher.source.name,
         known=list(config.objective.known),
@@ -263,9 +260,3 @@ def export(
         },
         curves=curves,
     )
-
-
-def _jsonable_config(config: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arsp.kernels import MAX_ROWS, small_linear
+from arsp.kernels import MAX_ROWS, cached_attention, small_linear
 
 
 class Linear(nn.Linear):
@@ -18,12 +18,11 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias=bias)
 
-    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, gelu: bool = False, outputs: slice | None = None, bias: Tensor | None = None) -> Tensor:
+        """``outputs``: these alone, with ``bias`` in place of the layer's own."""
+        if outputs is not None:
+            return linear(x, self.weight[outputs], bias, gelu=gelu)
         return linear(x, self.weight, self.bias, gelu=gelu)
-
-    def outputs(self, x: Tensor, first: int, stop: int, bias: Tensor | None = None) -> Tensor:
-        """Outputs ``first .. stop - 1`` alone, with this bias in place of the layer's own."""
-        return linear(x, self.weight[first:stop], bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
@@ -147,6 +146,9 @@ class DensePolicy:
         return "none"
 
     def attend(self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, layer: int, ctx: AttentionContext) -> Tensor:
+        if q_BHnD.shape[2] <= MAX_ROWS and ctx.start is not None and ctx.cache is not None and ctx.scales is None:
+            cache = ctx.cache  # raster: without a mask every query sees what is before it
+            return cached_attention(q_BHnD, k_BHnD, v_BHnD, cache.k[layer], cache.v[layer], ctx.start, ctx.mask, ctx.scale)
         k_BHnD, v_BHnD = visible(k_BHnD, v_BHnD, layer, ctx)
         if ctx.scales is None and ctx.mask is not None and q_BHnD.requires_grad and q_BHnD.device.type == "cpu":
             # note: torch's masked attention on the CPU takes 2.7 times as long backward in bfloat16 as in float32

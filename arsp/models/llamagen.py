@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arsp.errors import ConfigError
+from arsp.kernels import apply_rope, rms_norm
 from arsp.models.attention import AttentionContext, DensePolicy, Linear
 
 
@@ -181,8 +182,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BnC: Tensor, rope: Tensor, layer: int, ctx: AttentionContext, policy: DensePolicy) -> Tensor:
         B, n, C = x_BnC.shape
-        q, k, v = self.wqkv(x_BnC).view(B, n, 3, self.n_head, self.head_dim).unbind(2)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        qk, v = self.wqkv(x_BnC).view(B, n, 3 * self.n_head, self.head_dim).split((2 * self.n_head, self.n_head), dim=2)
+        q, k = apply_rope(qk, rope).chunk(2, dim=2)
         out = policy.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), layer, ctx)
         return self.resid_dropout(self.wo(out.transpose(1, 2).reshape(B, n, C)))
 
@@ -216,8 +217,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LabelEmbedder(nn.Module):
@@ -263,14 +263,6 @@ def rope_table(side: int, head_dim: int, base: float, prefix: int) -> Tensor:
     grid = torch.cat((rows, columns), dim=-1).reshape(side * side, head_dim // 2)
     table = torch.stack((grid.cos(), grid.sin()), dim=-1)
     return torch.cat((torch.zeros(prefix, *table.shape[1:]), table))
-
-
-def apply_rope(x_BnHD: Tensor, rope: Tensor) -> Tensor:
-    """Rotate interleaved pairs (2j, 2j+1) in float32; ``rope`` is ``(n, D/2, 2)`` or ``(B, n, D/2, 2)``."""
-    pairs = x_BnHD.float().unflatten(-1, (-1, 2))
-    cos, sin = rope.unsqueeze(-3).unbind(-1)
-    a, b = pairs.unbind(-1)
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).type_as(x_BnHD)
 
 
 def left_pad(captions_BPE: Tensor, mask_BP: Tensor) -> tuple[Tensor, Tensor]:

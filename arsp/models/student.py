@@ -46,8 +46,13 @@ class LlamaGenStudent(nn.Module):
         for i, layer in enumerate(self.layers):
             h = layer(h, rope, i, ctx, self.policy)
         with torch.autocast(h.device.type, enabled=False):  # both heads in the weights' own precision
-            h, class_B1C = h.to(self.norm.weight.dtype), class_B1C.to(self.norm.weight.dtype)
+            h, class_B1C = h.to(self.dtype), class_B1C.to(self.dtype)
             return self.output(self.norm(h))[:, 1:].float(), self.final_layer_conti(h, class_B1C)[:, 1:].float()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations; linear layers may be replaced by others that keep their weights in any form."""
+        return self.norm.weight.dtype
 
     def rope_table(self, device: torch.device) -> Tensor:
         """The teacher's rotary table ``(1 + L, D/2, 2)``; not part of the state dict."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arsp.errors import ConfigError
-from arsp.models.attention import AttentionContext, DensePolicy, Linear, linear
+from arsp.models.attention import AttentionContext, DensePolicy, Linear
 from arsp.tokenizers.var_vqvae import PATCH_NUMS, check_patch_nums
 
 DERIVED_KEYS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")  # last part of official buffer names that configurations imply
@@ -296,7 +296,7 @@ class Attention(nn.Module):
     def _project(self, x_RnC: Tensor, first: int, stop: int) -> Tensor:
         """Queries, keys and values: outputs first .. stop - 1 of ``mat_qkv`` with their bias, of which keys have none."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))[first:stop]
-        return self.mat_qkv.outputs(x_RnC, first, stop, bias)
+        return self.mat_qkv(x_RnC, outputs=slice(first, stop), bias=bias)
 
 
 class FeedForward(nn.Module):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -19,6 +20,7 @@ from scipy.sparse import csr_array
 
 from arsp.errors import ConfigError, InputError, NumericalError
 
+K = TypeVar("K", bound=Hashable)  # what tells the options of a layer apart: bits, or the name of a format
 SPREAD = 1e3  # the largest difference of scores within a layer, as the solver sees it: its tolerances are absolute (1e-6)
 SLACK = 1e-12  # relative: sums of rounded numbers that meet the budget exactly are within it
 
@@ -31,7 +33,7 @@ class Option:
     score: float
 
 
-def allocate(layers: Mapping[str, Mapping[int, Option]], budget: float, floor: float | None = None) -> dict[str, int]:
+def allocate(layers: Mapping[str, Mapping[K, Option]], budget: float, floor: float | None = None) -> dict[str, K]:
     """Bits of every layer, by name: the greatest total score with a total cost of at most ``budget`` and, if given, at least ``floor``.
 
     ConfigError when there is none, with the smallest budget that has one. InputError for NaN, infinity, or a layer without options.
@@ -56,7 +58,7 @@ def allocate(layers: Mapping[str, Mapping[int, Option]], budget: float, floor: f
     return chosen
 
 
-def smallest_budget(layers: Mapping[str, Mapping[int, Option]], floor: float | None = None) -> float | None:
+def smallest_budget(layers: Mapping[str, Mapping[K, Option]], floor: float | None = None) -> float | None:
     """The least total cost that is at least ``floor``; None when all choices cost less."""
     if floor is None:
         return float(sum(min(option.cost for option in options.values()) for options in layers.values()))
@@ -72,15 +74,15 @@ def split_mean_bits(mean: float, size_ratio: float, bits_ratio: float) -> tuple[
     return quality, bits_ratio * quality
 
 
-def total_cost(layers: Mapping[str, Mapping[int, Option]], bits: Mapping[str, int]) -> float:
+def total_cost(layers: Mapping[str, Mapping[K, Option]], bits: Mapping[str, K]) -> float:
     return float(sum(layers[name][chosen].cost for name, chosen in bits.items()))
 
 
-def total_score(layers: Mapping[str, Mapping[int, Option]], bits: Mapping[str, int]) -> float:
+def total_score(layers: Mapping[str, Mapping[K, Option]], bits: Mapping[str, K]) -> float:
     return float(sum(layers[name][chosen].score for name, chosen in bits.items()))
 
 
-def _solve(layers: Mapping[str, Mapping[int, Option]], gains: np.ndarray, low: float, high: float) -> dict[str, int] | None:
+def _solve(layers: Mapping[str, Mapping[K, Option]], gains: np.ndarray, low: float, high: float) -> dict[str, K] | None:
     """The choice with the greatest sum of ``gains`` (one an option, in order) whose cost is in ``low..high``; None when there is none."""
     sizes = [len(options) for options in layers.values()]
     costs = np.array([option.cost for options in layers.values() for option in options.values()])

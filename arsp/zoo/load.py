@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,21 @@ class LoadedModel:
         return next(self.module.parameters()).dtype
 
     def weight_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.module.parameters())
+        """Of the parameters and of what integer layers hold in their place."""
+        return module_bytes(self.module)
+
+
+def tokenizer_entry(model: LoadedModel) -> dict[str, Any]:
+    """What a bundle made of ``model`` says of its tokenizer (arguments of ``save_bundle``): an embedded one by name, others as a copy."""
+    if "bundle" in model.source.tokenizer or model.tokenizer is None:
+        return {"tokenizer": model.source.tokenizer if model.tokenizer is not None else None}
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(model.tokenizer.config).items()}
+    return {"tokenizer": {"config": config}, "tokenizer_weights": model.tokenizer.state_dict()}
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of everything a module keeps: parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
 @functools.cache
@@ -148,13 +162,7 @@ def load_model(
         module = _random(source)
     else:
         weights, digest = _weights(source)
-        with torch.device("meta"):
-            module = _build(source)
-        module.to_empty(device="cpu")
-        bundle.load_into(
-            module, {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}, f"{source.name} ({source.path})"
-        )
-        module = module.to(dtype)
+        module = _fill(source, weights, dtype)
     if vq is not None:
         vq = vq.to(device).eval().requires_grad_(False)
     if vq is not None and source.config["vocab_size"] != vq.codebook_VE.shape[0]:
@@ -278,15 +286,33 @@ def _how_to_get(source: ModelSource) -> str:
     return f"Put {files['model']} and {files['tokenizer']} of huggingface.co/{files['repo']} into {folder}, or give the file as --model."
 
 
-def _build(source: ModelSource) -> nn.Module:
+def build_module(source: ModelSource) -> nn.Module:
+    """The network of a teacher or student, its weights not filled."""
     if source.kind == "student":
         return source.family.build_student(source.config, source.card["code_dim"])
     return source.family.build(source.config)
 
 
+def _fill(source: ModelSource, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+    """The module with these weights; of a quantised bundle with integer layers, or rounding simulated."""
+    from arsp.quant import install, store
+
+    where = f"{source.name} ({source.path})"
+    with torch.device("meta"):
+        module = build_module(source)
+    block = store.check(source.card["quantization"], where) if "quantization" in source.card else None
+    if block and not store.is_simulated(block):
+        store.install_from(module, block, weights, dtype, where)
+    module.to_empty(device="cpu")
+    bundle.load_into(module, {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}, where)
+    if store.is_simulated(block):
+        install.simulate(module, **block["arsp"]["simulated"])
+    return module.to(dtype)
+
+
 def _random(source: ModelSource) -> nn.Module:
     torch.manual_seed(0)
-    module = _build(source)
+    module = build_module(source)
     for parameter in module.parameters():
         if parameter.ndim >= 2:
             nn.init.normal_(parameter, std=0.02)

@@ -1,0 +1,162 @@
+"""What a model runs on while it is looked at, and what is kept of it.
+
+Samples are the model's own by default, so no data set is needed: a teacher draws codes with its sampling rule and is then fed them in one
+pass, guidance halves and all; a student runs on keyed noise. Or images of a folder, as codes. Inputs of the condition's position are
+left out of the statistics: one token that is far from all others would decide every scale (the BOS rule of MixDQ, arXiv 2405.17873).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from arsp.decode.ar import ARGenerator
+from arsp.decode.few_step import request_noise
+from arsp.decode.filters import LogitsPipeline
+from arsp.decode.guidance import Guidance, RampGuidance
+from arsp.errors import ConfigError, InputError, NumericalError
+from arsp.protocols import Request
+from arsp.quant.balance import ChannelRange
+from arsp.quant.rounding import InputMoments
+from arsp.zoo.load import LoadedModel
+
+
+@dataclass
+class Samples:
+    """Batches that a model can be run on again and again: requests with the codes of a teacher or the noise of a student."""
+
+    model: LoadedModel
+    guidance: Guidance | RampGuidance
+    batches: list[tuple[Request, Tensor]] = field(default_factory=list)
+
+    @torch.inference_mode()
+    def logits(self, module: nn.Module) -> Iterator[Tensor]:
+        """``logits_BLV`` of ``module`` (the model or a quantised copy of it), batch by batch: guided and teacher-forced, of a student
+        those of one pass."""
+        source = self.model.source
+        if source.kind == "student":
+            for request, noise_BLE in self.batches:
+                known_B = torch.zeros_like(request.labels_B)
+                yield module(request.labels_B, noise_BLE.to(module.dtype), known_B)[0]
+            return
+        decoder = source.family.decoder(module, self.model.tokenizer, self.guidance, None)
+        for request, codes_BL in self.batches:
+            yield decoder.teacher_forced(request, codes_BL)
+
+
+def own_samples(
+    model: LoadedModel,
+    guidance: Guidance | RampGuidance,
+    pipeline: LogitsPipeline,
+    *,
+    num: int,
+    batch_size: int,
+    seed: int,
+    callback: Callable[[int], None] = lambda images: None,
+) -> Samples:
+    """``num`` samples of the model itself, classes in turn. ``callback`` is told the images of every batch."""
+    samples, layout = Samples(model, guidance), model.source.layout
+    generator = None if model.source.kind == "student" else ARGenerator(model.decoder(guidance), pipeline)
+    for ids in torch.arange(num).split(batch_size):
+        labels_B = (ids % model.source.config["num_classes"]).to(model.device)
+        request = Request(ids.to(model.device), seed, labels_B=labels_B)
+        if generator is None:
+            samples.batches.append((request, request_noise(request, layout.num_tokens, model.codebook_VE.shape[1])))
+        else:
+            samples.batches.append((request, generator.generate(request).codes_BL))
+        callback(len(ids))
+    return samples
+
+
+@torch.inference_mode()
+def image_samples(model: LoadedModel, guidance: Guidance | RampGuidance, images_N3HW: Tensor, *, batch_size: int) -> Samples:
+    """Codes of uint8 images, classes in turn. ConfigError for a student or images of another size, InputError for none."""
+    if model.source.kind == "student":
+        raise ConfigError("a student is looked at on its own noise, not on images.", "Drop --calib-source.")
+    if len(images_N3HW) == 0:
+        raise InputError("the calibration set is empty.", "Give a folder of images, or drop --calib-source.")
+    if model.tokenizer is None:
+        raise InputError(f"{model.name} has no tokenizer to make codes of images.", "Give --tokenizer FILE.")
+    samples = Samples(model, guidance)
+    for ids in torch.arange(len(images_N3HW)).split(batch_size):
+        pixels = images_N3HW[ids].to(model.device).float() / 127.5 - 1
+        codes_BL = model.tokenizer.encode(pixels)
+        if codes_BL.shape[1] != model.source.layout.num_tokens:
+            size = "x".join(map(str, images_N3HW.shape[-2:]))
+            raise ConfigError(f"images of {size} make {codes_BL.shape[1]} codes, {model.name} has {model.source.layout.num_tokens}.")
+        labels_B = (ids % model.source.config["num_classes"]).to(model.device)
+        samples.batches.append((Request(ids.to(model.device), 0, labels_B=labels_B), codes_BL))
+    return samples
+
+
+class SiteStatistics:
+    """Of the rows that enter a site: their moments, and the range of every channel in groups of positions."""
+
+    def __init__(self, num_inputs: int, num_ranges: int):
+        self.moments = InputMoments(num_inputs)
+        self.ranges = [ChannelRange() for _ in range(num_ranges)]
+
+    def largest_K(self) -> Tensor:
+        """Largest magnitude of every channel in any of the groups: all of them share one weight."""
+        return torch.stack([seen.range_K for seen in self.ranges if seen.range_K is not None]).amax(0)
+
+
+InputStatistics = Mapping[str, SiteStatistics]
+
+
+def observe(
+    samples: Samples,
+    sites: Mapping[str, list[str]],
+    *,
+    num_ranges: int = 1,
+    callback: Callable[[int], None] = lambda images: None,
+) -> dict[str, SiteStatistics]:
+    """Run the model on the samples and keep the statistics of each site (name -> its readers, as :func:`arsp.quant.transform.sites`).
+
+    InputError without a sample. NumericalError when the input of a layer is not finite.
+    """
+    if not samples.batches:
+        raise InputError("the calibration set is empty.", "Give at least one sample.")
+    module, layout = samples.model.module, samples.model.source.layout
+    groups = position_groups(samples.model, num_ranges)
+    found: dict[str, SiteStatistics] = {}
+
+    def watch(site: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()
+            if site not in found:
+                found[site] = SiteStatistics(x.shape[-1], len(groups))
+            x_RnK = x if x.dim() == 3 else x.unsqueeze(1)
+            if not bool(x_RnK.isfinite().all()):
+                raise NumericalError(f"calibration: the input of {site} contains NaN or infinity.")
+            prefix = x_RnK.shape[1] - layout.num_tokens
+            x_RnK = x_RnK[:, max(prefix, 0) :] if x_RnK.shape[1] > 1 else x_RnK
+            found[site].moments.update(x_RnK)
+            if x_RnK.shape[1] != layout.num_tokens:
+                found[site].ranges[0].update(x_RnK)
+                return
+            for seen, positions in zip(found[site].ranges, groups, strict=True):
+                seen.update(x_RnK[:, positions])
+
+        return hook
+
+    hooks = [module.get_submodule(names[0]).register_forward_pre_hook(watch(site)) for site, names in sites.items()]
+    try:
+        for (request, _), _ in zip(samples.batches, samples.logits(module), strict=True):
+            callback(request.batch_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def position_groups(model: LoadedModel, num_ranges: int) -> list[slice]:
+    """Positions of a next-scale model in at most ``num_ranges`` runs of scales, as even in number as they go; one run of a raster."""
+    layout = model.source.layout
+    if layout.is_raster:
+        return [slice(0, layout.num_tokens)]
+    parts = [part for part in torch.arange(len(layout.blocks)).tensor_split(num_ranges) if len(part)]
+    return [slice(layout.blocks[int(part[0])][0], layout.blocks[int(part[-1])][-1] + 1) for part in parts]

@@ -1,0 +1,202 @@
+"""Layers that stand in for those of a model once its weights are integers.
+
+:class:`QuantLinear` takes the place of a linear layer and computes on integers. Where what feeds it is a norm or a gate of the model, that
+one is replaced too and hands over quantised rows: one pass over the values in place of two, and one quantisation for all its readers.
+:class:`SimulatedLinear` rounds in floating point and is called ``simulated`` everywhere.
+
+Shapes as in arsp/protocols.py; ``K`` inputs and ``N`` outputs of a linear layer, ``G`` groups of inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arsp import kernels
+from arsp.models.attention import linear
+from arsp.models.llamagen import RMSNorm, SwiGLU
+from arsp.models.var import GELU, Modulate
+from arsp.quant.pack import pack_int4
+from arsp.quant.quantiser import CHANNEL, GELU_SHIFT, QuantisedWeight, dequantise, quantise_shifted
+
+
+@dataclass(frozen=True)
+class QuantisedRows:
+    """Activations in integers: ``x = codes scales + offsets``."""
+
+    codes: Tensor  # int8 (..., K)
+    scales: Tensor  # float32 (...)
+    offsets: Tensor | None = None  # float32 (...), of the shifted format alone
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: slice) -> QuantisedRows:
+        return QuantisedRows(self.codes[index], self.scales[index], None if self.offsets is None else self.offsets[index])
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """How the inputs of a layer become integers: times ``smooth_K``, rotated with ``signs_K`` (:func:`arsp.quant.balance.rotate`), then
+    symmetric per token; or ``shifted``, with neither (:func:`arsp.quant.quantiser.quantise_shifted`, for what a GELU made)."""
+
+    smooth_K: Tensor | None = None  # float32
+    signs_K: Tensor | None = None  # int8
+    shifted: bool = False
+
+    def equals(self, other: InputFormat) -> bool:
+        same = lambda a, b: a is b or (a is not None and b is not None and torch.equal(a, b))  # noqa: E731
+        return self.shifted == other.shifted and same(self.smooth_K, other.smooth_K) and same(self.signs_K, other.signs_K)
+
+    def to(self, device: torch.device) -> InputFormat:
+        move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
+        return InputFormat(move(self.smooth_K), move(self.signs_K), self.shifted)
+
+    def quantise(self, x: Tensor) -> QuantisedRows:
+        """Rows of a tensor that no producer has quantised."""
+        if self.shifted:
+            codes, scales = quantise_shifted(x)
+            return QuantisedRows((codes.short() - 128).to(torch.int8), scales, 128 * scales - GELU_SHIFT)
+        return QuantisedRows(*kernels.quantize_per_token(x, self.smooth_K, self.signs_K))
+
+
+class QuantLinear(nn.Module):
+    """A linear layer of 4-bit or 8-bit codes on 8-bit inputs. Takes floating point or :class:`QuantisedRows`, gives ``dtype``."""
+
+    def __init__(self, weight: QuantisedWeight, bias_N: Tensor | None, input_format: InputFormat, dtype: torch.dtype):
+        super().__init__()
+        self.out_features, self.in_features = weight.codes_NK.shape
+        self.bits, self.group_size, self.input_format, self.dtype = weight.bits, weight.group_size, input_format, dtype
+        self.padding = -self.in_features % 8 if weight.bits == 4 else 0
+        codes_NK, zeros_NG = weight.codes_NK, weight.zeros_NG
+        if weight.bits == 4 and zeros_NG is None:
+            codes_NK, zeros_NG = codes_NK + 8, torch.full_like(weight.scales_NG, 8, dtype=torch.uint8)
+        codes = kernels.pack_w4_cpu(pack_int4(codes_NK)) if weight.bits == 4 else kernels.pack_w8_cpu(codes_NK)
+        by_column = lambda tensor: tensor.mT.contiguous().mT  # noqa: E731  what kernels read in place
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales_NG", by_column(weight.scales_NG), persistent=False)
+        self.register_buffer("zeros_NG", None if zeros_NG is None else by_column(zeros_NG), persistent=False)
+        self.register_buffer("bias", None if bias_N is None else bias_N.float(), persistent=False)
+        sums_N = dequantise(weight).double().sum(1).float() if input_format.shifted else None
+        self.register_buffer("sums_N", sums_N, persistent=False)
+
+    def forward(self, x: Tensor | QuantisedRows, gelu: bool = False, outputs: slice | None = None, bias: Tensor | None = None) -> Tensor:
+        """As :class:`arsp.models.attention.Linear`; ``outputs`` start at a multiple of 16."""
+        y = self._product(x, slice(0, self.out_features), self.bias) if outputs is None else self._product(x, outputs, bias)
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+    def quantise(self, x: Tensor) -> QuantisedRows:
+        return self.input_format.quantise(x)
+
+    def _product(self, x: Tensor | QuantisedRows, rows: slice, bias_N: Tensor | None) -> Tensor:
+        x = x if isinstance(x, QuantisedRows) else self.quantise(x)
+        codes = F.pad(x.codes, (0, self.padding)) if self.padding else x.codes
+        tile = kernels.TILE
+        if rows.start % tile:  # rows of a tile are not to be parted
+            return self._product(x, slice(rows.start // tile * tile, rows.stop), None)[..., rows.start % tile :] + (
+                0 if bias_N is None else bias_N
+            )
+        weight = self.codes[rows.start // tile : -(-rows.stop // tile)]
+        sums_N = None if self.sums_N is None else self.sums_N[rows]
+        more = (bias_N, self.dtype, x.offsets, sums_N)
+        if self.bits == 4:
+            group_size = self.group_size if self.group_size > 0 else CHANNEL
+            return kernels.w4a8_linear(codes, x.scales, weight, self.scales_NG[rows], self.zeros_NG[rows], group_size, *more)
+        return kernels.w8a8_linear(codes, x.scales, weight, self.scales_NG[rows, 0], *more)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """Moves follow the model; a new precision is that of the results, codes and scales keep theirs."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device))
+        self.dtype, self.input_format = probe.dtype, self.input_format.to(probe.device)
+        for name, tensor in self._buffers.items():
+            self._buffers[name] = None if tensor is None else tensor.to(probe.device)
+        return self
+
+    def extra_repr(self) -> str:
+        groups = "one scale a row" if self.group_size == CHANNEL else f"groups of {self.group_size}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, W{self.bits}A8, {groups}, {self.dtype}"
+
+
+class SimulatedLinear(nn.Module):
+    """A linear layer whose weight was rounded and whose inputs are rounded by ``fake_quantise``, both kept and multiplied in floating
+    point: the numbers of a format that no kernel has, at no gain in time or memory."""
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, fake_quantise: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.out_features, self.in_features = weight_NK.shape
+        self.weight = nn.Parameter(weight_NK, requires_grad=False)
+        self.bias = None if bias_N is None else nn.Parameter(bias_N, requires_grad=False)
+        self.fake_quantise = fake_quantise
+
+    def forward(self, x: Tensor, gelu: bool = False, outputs: slice | None = None, bias: Tensor | None = None) -> Tensor:
+        """As :class:`arsp.models.attention.Linear`."""
+        weight, bias = (self.weight, self.bias) if outputs is None else (self.weight[outputs], bias)
+        return linear(self.fake_quantise(x), weight, bias, gelu=gelu)
+
+
+class Producer(nn.Module):
+    """A part of a model that hands over quantised rows."""
+
+    def __init__(self, input_format: InputFormat):
+        super().__init__()
+        self.input_format = input_format
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Producer:
+        self.input_format = self.input_format.to(fn(torch.empty(0)).device)
+        return super()._apply(fn, recurse)
+
+
+class QuantisedRMSNorm(Producer):
+    """:class:`RMSNorm` whose result is quantised at once."""
+
+    def __init__(self, norm: RMSNorm, input_format: InputFormat):
+        super().__init__(input_format)
+        self.eps, self.weight = norm.eps, norm.weight
+
+    def forward(self, x: Tensor) -> QuantisedRows:
+        return QuantisedRows(*kernels.rms_norm_quantize(x, self.weight, self.eps, self.input_format.smooth_K, self.input_format.signs_K))
+
+
+class QuantisedModulate(Producer):
+    """:class:`Modulate` whose result is quantised at once."""
+
+    def __init__(self, norm: Modulate, input_format: InputFormat):
+        super().__init__(input_format)
+        self.eps = norm.eps
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> QuantisedRows:
+        smooth_K, signs_K = self.input_format.smooth_K, self.input_format.signs_K
+        return QuantisedRows(*kernels.modulate_quantize(x, scale, shift, self.eps, smooth_K, signs_K))
+
+
+class QuantisedSwiGLU(Producer):
+    """:class:`SwiGLU` whose result is quantised at once."""
+
+    def __init__(self, gate: SwiGLU, input_format: InputFormat):
+        super().__init__(input_format)
+
+    def forward(self, gate: Tensor, value: Tensor) -> QuantisedRows:
+        return QuantisedRows(*kernels.swiglu_quantize(gate, value, self.input_format.smooth_K, self.input_format.signs_K))
+
+
+class QuantisedGELU(Producer):
+    """:class:`GELU` whose result is quantised at once, in the shifted format."""
+
+    def __init__(self, gelu: GELU, input_format: InputFormat):
+        super().__init__(input_format)
+
+    def forward(self, layer: nn.Module, x: Tensor | QuantisedRows) -> QuantisedRows:
+        return QuantisedRows(*kernels.gelu_quantize(layer(x)))
+
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    RMSNorm: QuantisedRMSNorm, Modulate: QuantisedModulate, SwiGLU: QuantisedSwiGLU, GELU: QuantisedGELU,
+}  # fmt: skip
