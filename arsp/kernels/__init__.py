@@ -20,9 +20,10 @@ from arsp.kernels import build, cuda, ops, reference
 from arsp.kernels.layouts import TILE, pack_w4_cpu, pack_w8_cpu
 
 __all__ = [
-    "BACKENDS", "GROUP_SIZES", "MAX_ROWS", "OPS", "TILE", "backends", "fuses_noise", "gelu_quantize", "keyed_argmax", "modulate_quantize",
-    "pack_w4_cpu", "pack_w8_cpu", "quantize_per_token", "rms_norm_quantize", "set_backend", "skips_windows", "small_linear",
-    "swiglu_quantize", "verify", "w4a8_linear", "w8a8_linear", "windowed_scale_attention",
+    "BACKENDS", "GROUP_SIZES", "MAX_ROWS", "OPS", "TILE", "apply_rope", "backends", "cached_attention", "fuses_noise", "gelu_quantize",
+    "keyed_argmax", "modulate_quantize", "pack_w4_cpu", "pack_w8_cpu", "quantize_per_token", "rms_norm", "rms_norm_quantize",
+    "set_backend", "skips_windows", "small_linear", "swiglu_quantize", "verify", "w4a8_linear", "w8a8_linear",
+    "windowed_scale_attention",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -30,6 +31,9 @@ GROUP_SIZES = (32, 64, 128, -1)  # columns that share a scale in w4a8_linear; -1
 MAX_ROWS = 16  # up to here the weights are what a linear layer waits for; beyond, torch's blocked product is better
 OPS = {  # name -> where its compiled kernel is used
     "small_linear": f"float32 and bfloat16, up to {MAX_ROWS} rows on the CPU without gradient, torch otherwise",
+    "rms_norm": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
+    "apply_rope": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
+    "cached_attention": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
     "windowed_scale_attention": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
     "keyed_argmax": "on the CPU without gradient, torch otherwise",
     "verify": "on the CPU without gradient, torch otherwise",
@@ -168,6 +172,39 @@ def small_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     if x_MK.dim() == 2:
         return ops.small_linear(x_MK, weight_NK)
     return ops.small_linear(x_MK.reshape(-1, width), weight_NK).view(*x_MK.shape[:-1], weight_NK.shape[0])
+
+
+def rms_norm(x: Tensor, weight_K: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps)`` with float32 inside, rounded to the dtype of x, then times the weight; x (..., K), weight (K)."""
+    apply = ops.rms_norm if x.dtype == weight_K.dtype and _applies(x, weight_K) else reference.rms_norm
+    return apply(x, weight_K, eps)
+
+
+def apply_rope(x_BnHD: Tensor, table: Tensor) -> Tensor:
+    """Rotary embedding of interleaved pairs (2j, 2j + 1), float32 inside: (B, n, H, D), dtype of x.
+
+    ``table``: float32, cos and sin, ``(n, D / 2, 2)`` or ``(B, n, D / 2, 2)``. Heads may lie anywhere (last stride 1).
+    """
+    return (ops.apply_rope if _applies(x_BnHD) else reference.apply_rope)(x_BnHD, table)
+
+
+def cached_attention(
+    q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, k_cache: Tensor, v_cache: Tensor, start: int,
+    mask: Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of few queries to a cache that their own keys and values join first, (B, H, n, Dv).
+
+    Args:
+        q_BHnD, k_BHnD, v_BHnD: one dtype. k_cache, v_cache: (B or more, H, capacity, D) of that dtype; slots start .. start + n - 1 of the
+            first B rows are written.
+        mask: bool (B or 1, 1, n, start + n), True = seen. None: a query sees the slots up to its own.
+        scale: of the products before the softmax; None: D^-0.5.
+
+    float32 inside. A query that sees nothing gets NaN. Made for few queries: every head is one thread's work.
+    """
+    applies = q_BHnD.dtype == k_cache.dtype and _applies(q_BHnD, k_BHnD, v_BHnD)
+    apply = ops.cached_attention if applies else reference.cached_attention
+    return apply(q_BHnD, k_BHnD, v_BHnD, k_cache, v_cache, start, mask, scale)
 
 
 def windowed_scale_attention(

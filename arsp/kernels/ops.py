@@ -24,6 +24,43 @@ def _(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     return x_MK.new_empty((x_MK.shape[0], weight_NK.shape[0]))
 
 
+torch.library.define("arsp::rms_norm", "(Tensor x, Tensor weight, float eps) -> Tensor")
+torch.library.impl("arsp::rms_norm", "CompositeExplicitAutograd", reference.rms_norm)
+
+
+@torch.library.register_fake("arsp::rms_norm")
+def _(x: Tensor, weight_K: Tensor, eps: float) -> Tensor:
+    torch._check(x.shape[-1:] == weight_K.shape, lambda: "rms_norm: expected x (..., K) and weight (K)")
+    return x.new_empty(x.shape)
+
+
+torch.library.define("arsp::apply_rope", "(Tensor x, Tensor table) -> Tensor")
+torch.library.impl("arsp::apply_rope", "CompositeExplicitAutograd", reference.apply_rope)
+
+
+@torch.library.register_fake("arsp::apply_rope")
+def _(x_BnHD: Tensor, table: Tensor) -> Tensor:
+    torch._check(x_BnHD.dim() == 4, lambda: "apply_rope: expected x (B, n, H, D)")
+    return x_BnHD.new_empty(x_BnHD.shape)
+
+
+torch.library.define(
+    "arsp::cached_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, int start, Tensor? mask=None, float? scale=None) -> Tensor",
+)
+torch.library.impl("arsp::cached_attention", "CompositeExplicitAutograd", reference.cached_attention)
+
+
+@torch.library.register_fake("arsp::cached_attention")
+def _(
+    q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, k_cache: Tensor, v_cache: Tensor, start: int,
+    mask: Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    torch._check(q_BHnD.dim() == 4 and v_BHnD.dim() == 4, lambda: "cached_attention: expected tensors (B, H, n, D)")
+    B, H, n, _ = q_BHnD.shape
+    return q_BHnD.new_empty((B, n, H, v_BHnD.shape[3])).transpose(1, 2)
+
+
 torch.library.define(
     "arsp::windowed_scale_attention", "(Tensor q, Tensor k, Tensor v, Tensor windows, int[] sides, int scale_index) -> Tensor"
 )
@@ -153,6 +190,9 @@ def _(
 
 
 small_linear = torch.ops.arsp.small_linear.default
+rms_norm = torch.ops.arsp.rms_norm.default
+apply_rope = torch.ops.arsp.apply_rope.default
+cached_attention = torch.ops.arsp.cached_attention.default
 windowed_scale_attention = torch.ops.arsp.windowed_scale_attention.default
 keyed_argmax = torch.ops.arsp.keyed_argmax.default
 verify = torch.ops.arsp.verify.default

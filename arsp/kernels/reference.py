@@ -24,6 +24,34 @@ def small_linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     return F.linear(x_MK.float(), weight_NK.float()).to(x_MK.dtype)
 
 
+def rms_norm(x: Tensor, weight_K: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps)`` in float32, cast back, then times the weight in the model's precision."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).type_as(x) * weight_K
+
+
+def apply_rope(x_BnHD: Tensor, table: Tensor) -> Tensor:
+    """Rotate interleaved pairs (2j, 2j+1) in float32; ``table``, cos and sin, is ``(n, D/2, 2)`` or ``(B, n, D/2, 2)``."""
+    pairs = x_BnHD.float().unflatten(-1, (-1, 2))
+    cos, sin = table.unsqueeze(-3).unbind(-1)
+    a, b = pairs.unbind(-1)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).type_as(x_BnHD)
+
+
+def cached_attention(
+    q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, k_cache: Tensor, v_cache: Tensor, start: int,
+    mask: Tensor | None = None, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Store k and v at slots ``start ..`` of the first B rows of the caches, then ``softmax(scale q k^T) v`` over all slots up to the last
+    new one where ``mask`` is True; without a mask a query sees the slots up to its own."""
+    B, n = len(q_BHnD), q_BHnD.shape[2]
+    total = start + n
+    k_cache[:B, :, start:total], v_cache[:B, :, start:total] = k_BHnD, v_BHnD
+    if mask is None and n > 1:
+        mask = torch.ones(n, total, dtype=torch.bool, device=q_BHnD.device).tril(start)
+    return F.scaled_dot_product_attention(q_BHnD, k_cache[:B, :, :total], v_cache[:B, :, :total], attn_mask=mask, scale=scale)
+
+
 def windowed_scale_attention(
     q_BHnD: Tensor, k_BHTD: Tensor, v_GHTD: Tensor, windows_Hs: Tensor, sides: Sequence[int], scale_index: int
 ) -> Tensor:
