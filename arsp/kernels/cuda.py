@@ -27,6 +27,8 @@ LAUNCHERS = {
     "gelu_quantize": "pilllpppp",
     "w4a8_linear": "plppllpllpllipipppillp",
     "w8a8_linear": "plppllplpipppillp",
+    "keyed_argmax": "pllllpplpp",
+    "verify": "plllpffldlpplpppppp",
 }
 _C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum Type of device.cuh
@@ -40,6 +42,8 @@ LIMITS = {  # op -> where its kernel is used
     "gelu_quantize": _QUANTISING,
     "w8a8_linear": "always",
     "w4a8_linear": "groups of 32, 64, 128 or all columns",
+    "keyed_argmax": "always",
+    "verify": "always",
 }
 ALIGNMENT = 16
 
@@ -150,6 +154,29 @@ class CudaOps:
         end = _epilogue(bias_N, offset, rowsum_N, y)
         self._call("w4a8_linear", xq, codes, codes.shape[1], sx.contiguous(), *_weight(weight), *scales, *end, len(codes), num)
         return y
+
+    # ---- draws
+
+    def keyed_argmax(self, log_w_RV: Tensor, seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0) -> Tensor:
+        rows, codes = _rows(log_w_RV), empty(ids_R.shape, torch.int64, log_w_RV)
+        key = (seed, ids_R.contiguous(), positions_R.contiguous(), purpose | stream << 8)
+        self._call("keyed_argmax", rows, rows, rows.stride(0), *rows.shape, *key, codes)
+        return codes
+
+    def verify(
+        self, logits_RV: Tensor, drafts_R: Tensor, temperature: float, top_k: int, top_p: float,
+        seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        rows, shape = _rows(logits_RV), drafts_R.shape
+        codes, last = (empty(shape, torch.int64, rows) for _ in range(2))
+        log_p, lse, threshold = (empty(shape, torch.float32, rows) for _ in range(3))
+        divisor = max(temperature, reference.MIN_TEMPERATURE) if temperature else 0.0
+        # torch divides by a number on the CPU and multiplies by its inverse on CUDA; Law, which is torch, has to find the same values
+        inverse = 0.0 if self.emulated or not divisor else 1 / ctypes.c_float(divisor).value
+        key = (seed, ids_R.contiguous(), positions_R.contiguous(), purpose | stream << 8)
+        filters = (drafts_R.contiguous(), divisor, inverse, top_k, top_p)
+        self._call("verify", rows, rows, rows.stride(0), *rows.shape, *filters, *key, codes, log_p, lse, threshold, last)
+        return codes, log_p, lse, threshold, last
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -1,0 +1,147 @@
+"""The CUDA kernels verify and keyed_argmax: the same integers from the key as on the CPU, on the emulated device and on a real one."""
+
+import math
+
+import pytest
+import torch
+from cuda_emulation import TARGETS
+
+from arsp.kernels import reference
+from arsp.rng import Purpose, keyed_uniform
+
+SIZES = (1, 3, 17, 500, 1025, 2500)
+LAWS = [(1.0, k, p) for k in (0, 1, 5, 100, 2000) for p in (1.0, 0.9012, 0.0)]
+LAWS += [(0.5, 0, 0.5012), (0.5, 100, 1.0), (0.0, 0, 1.0)]  # temperatures that are powers of two: torch divides by others in two ways
+
+
+def draw(rows, codes, seed=0, ties=False, removed=0.2):
+    """Logits with some codes at -inf; with ``ties`` they are multiples of log 2, many of them equal."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(rows, codes, generator=generator)
+    if ties:
+        logits = logits.round().clamp(-6, 6) * math.log(2)
+    gone = torch.rand(rows, codes, generator=generator) < removed
+    gone[:, 0] = False
+    return logits.masked_fill(gone, -torch.inf)
+
+
+def key(rows, seed=0):
+    """(seed, ids, positions, purpose, stream), every word used to its last bit."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, positions = (torch.randint(1 << 32, (rows,), generator=generator) for _ in range(2))
+    return -(2**62) + 12345 * seed, ids, positions, int(Purpose.ACCEPT), (1 << 24) - 1 - seed
+
+
+def kept_of(logits, temperature, found):
+    threshold, last = found[3].unsqueeze(-1), found[4].unsqueeze(-1)
+    scaled = logits / (max(temperature, 1e-5) if temperature else 1.0)
+    return scaled, (scaled > threshold) | ((scaled == threshold) & (torch.arange(logits.shape[-1]) <= last))
+
+
+def same_codes(found, wanted, log_w, arguments, what):
+    """Equal but where two codes tie within 1e-5: logarithms differ in their last bits."""
+    seed, ids, positions, purpose, stream = arguments
+    scores = log_w - torch.log(-torch.log(keyed_uniform(seed, ids, positions, purpose, log_w.shape[1], stream)))
+    for row in (found != wanted).nonzero().flatten().tolist():
+        gap = (scores[row, found[row]] - scores[row, wanted[row]]).abs().item()
+        assert gap < 1e-5, f"{what}, row {row}: {found[row]} instead of {wanted[row]}, gap {gap:.1e}"
+
+
+@TARGETS
+def test_the_noise_is_that_of_keyed_uniform_bit_for_bit(target):
+    """Flat weights: the code of the largest uniform, the smallest on ties, among any subset of the codes."""
+    for codes in SIZES:
+        arguments = key(20, codes)
+        kept = draw(20, codes, codes, removed=0.5).isfinite()
+        flat = torch.zeros(20, codes).masked_fill(~kept, -torch.inf)
+        uniform = keyed_uniform(*arguments[:4], codes, arguments[4]).masked_fill(~kept, -1)
+        assert torch.equal(target("keyed_argmax", flat, *arguments), uniform.argmax(-1)), f"V={codes}"
+
+
+@TARGETS
+@pytest.mark.parametrize("spread", [0.01, 1.0, 1e6])
+def test_draws_are_those_of_the_reference(target, spread):
+    for codes in SIZES:
+        log_w, arguments = spread * draw(10, codes, codes), key(10, codes)
+        found = target("keyed_argmax", log_w, *arguments)
+        same_codes(found, reference.keyed_argmax(log_w, *arguments), log_w, arguments, f"V={codes} spread {spread}")
+
+
+@TARGETS
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+def test_everything_is_that_of_the_reference(target, ties):
+    for codes in (1, 17, 500, 2500):
+        for temperature, top_k, top_p in LAWS:
+            logits, arguments = draw(2, codes, codes, ties), key(2, codes)
+            call = (logits, torch.tensor([-1, codes // 2]), temperature, top_k, top_p, *arguments)
+            found, wanted, what = target("verify", *call), reference.verify(*call), f"V={codes} {temperature, top_k, top_p}"
+            scaled, kept = kept_of(logits, temperature, wanted)
+            same_codes(found[0], wanted[0], (scaled - wanted[2].unsqueeze(-1)).masked_fill(~kept, -torch.inf), arguments, what)
+            for name, ours, theirs in zip(("log_p", "lse"), found[1:3], wanted[1:3], strict=True):
+                torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0, msg=lambda m, n=name, w=what: f"{n}, {w}: {m}")
+            assert torch.equal(found[3], wanted[3]) and torch.equal(found[4], wanted[4]), f"cut of {what}"
+
+
+@TARGETS
+@pytest.mark.parametrize("codes", [16384, 20000, 65536])  # 20 000 and more do not fit into shared memory
+def test_large_vocabularies_are_cut_where_float64_cuts_them(target, codes):
+    logits, arguments = 2.5 * draw(2, codes, removed=0) / 3, key(2)
+    for top_k, top_p in ((2000, 1.0), (0, 0.95), (900, 0.96)):
+        call = (logits, torch.tensor([-1, 5]), 1.0, top_k, top_p, *arguments)
+        found, wanted = target("verify", *call), reference.verify(*call)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[3], wanted[3]) and torch.equal(found[4], wanted[4]), f"{top_k, top_p}"
+        torch.testing.assert_close(found[2], wanted[2], atol=2e-6, rtol=0)
+
+
+@TARGETS
+def test_values_of_every_magnitude_are_told_apart(target):
+    """Selections whose bins hold next to everything: a narrow row with one value far away, neighbouring floats, signed zeros."""
+    narrow = 1 + torch.arange(3000) * 2.0**-23
+    far = torch.cat([narrow, torch.tensor([-1e30, 3e38, -3e38, 1e-40, -1e-40, 0.0, -0.0])])
+    powers = -torch.exp2(torch.arange(-140, 127).float())
+    for row in (narrow, far, powers, torch.zeros(2000), torch.cat([torch.zeros(900), -torch.zeros(900)])):
+        logits, arguments = torch.stack([row, row.flip(0)]), key(2)
+        for top_k, top_p in ((1, 1.0), (7, 1.0), (len(row) // 2, 1.0), (len(row) - 1, 1.0), (0, 0.31), (50, 0.71)):
+            call = (logits, torch.tensor([0, 1]), 1.0, top_k, top_p, *arguments)
+            found, wanted = target("verify", *call), reference.verify(*call)
+            assert torch.equal(found[3], wanted[3]) and torch.equal(found[4], wanted[4]), f"{len(row)} codes, {top_k, top_p}"
+            torch.testing.assert_close(found[1:3], wanted[1:3], atol=2e-6, rtol=1e-6)
+
+
+@TARGETS
+def test_equal_logits_at_the_cut_keep_the_smaller_ids(target):
+    logits = torch.tensor([[1.0, 2, 2, 1, 2, 2, 1, 2, 2, 0]]).mul(math.log(2))  # masses 2 4 4 2 4 4 2 4 4 1 of 31
+    for top_p, kept in ((0.0, [1]), (4.1 / 31, [1, 2]), (12.1 / 31, [1, 2, 4, 5]), (24.1 / 31, [0, 1, 2, 4, 5, 7, 8])):
+        found = target("verify", logits, torch.tensor([2]), 1.0, 0, top_p, *key(1))
+        assert kept_of(logits, 1.0, found)[1][0].nonzero().flatten().tolist() == kept, f"top_p {top_p:.3f}"
+        assert found[1].isfinite().item() == (2 in kept)
+
+
+@TARGETS
+@pytest.mark.parametrize("law", [(1.0, 0, 1.0), (0.5, 3, 0.9), (0.0, 0, 1.0)], ids=str)
+def test_rows_without_a_finite_maximum_are_marked_and_leave_the_others_alone(target, law):
+    for codes in (1, 20, 1131):
+        logits, arguments = draw(5, codes, removed=0), key(5)
+        drafts = torch.tensor([0, 0, -1, 0, 0])
+        clean = target("verify", logits, drafts, *law, *arguments)
+        logits[1] = -torch.inf
+        logits[2, codes // 2] = torch.nan
+        logits[3, codes - 1] = torch.inf
+        assert target("keyed_argmax", logits, *arguments)[1:4].tolist() == [-1] * 3
+        found, wanted = target("verify", logits, drafts, *law, *arguments), reference.verify(logits, drafts, *law, *arguments)
+        for ours, theirs, before in zip(found, wanted, clean, strict=True):
+            torch.testing.assert_close(ours[1:4], theirs[1:4], atol=0, rtol=0, equal_nan=True)
+            assert torch.equal(ours[[0, 4]], before[[0, 4]])
+
+
+@TARGETS
+def test_rows_may_be_views(target):
+    logits, drafts, arguments = draw(3, 97), torch.arange(3), key(3)
+    wide = torch.full((3, 110), torch.nan)
+    wide[:, 3:100] = logits
+    wanted = target("verify", logits, drafts, 1.0, 4, 0.8, *arguments)
+    for view in (wide[:, 3:100], logits.t().contiguous().t()):
+        for ours, theirs in zip(target("verify", view, drafts, 1.0, 4, 0.8, *arguments), wanted, strict=True):
+            assert torch.equal(ours, theirs)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert target("keyed_argmax", torch.zeros(0, 9), 0, none, none, 0).shape == (0,)
