@@ -24,6 +24,7 @@ using Bf16 = c10::BFloat16;
 constexpr int64_t kThreadValues = 1 << 15;    // least values that are worth a thread
 constexpr int64_t kThreadProducts = 1 << 17;  // least products of an attention that are worth a thread
 constexpr int64_t kMostLanes = 16;
+constexpr int kQueries = 4;  // attended together
 
 // A tensor with rows, heads and steps of adjacent components.
 template <typename T>
@@ -143,7 +144,7 @@ at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& k, const at::
     const auto version = ARSP_VERSION(attend_head<T>);
     at::parallel_for(0, B * H, std::max<int64_t>(1, kThreadProducts / products), [&](int64_t begin, int64_t end) {
       thread_local std::vector<float> scratch;
-      scratch.resize(std::max<size_t>(scratch.size(), D + start + n + kMostLanes));
+      scratch.resize(std::max<size_t>(scratch.size(), kQueries * (D + start + n + 2 * kMostLanes)));
       for (int64_t i = begin; i < end; ++i) version(task, i / H, i % H, scratch.data());
     });
   });
