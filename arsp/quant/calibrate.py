@@ -3,6 +3,7 @@
 Samples are the model's own by default, so no data set is needed: a teacher draws codes with its sampling rule and is then fed them in one
 pass, guidance halves and all; a student runs on keyed noise. Or images of a folder, as codes. Inputs of the condition's position are
 left out of the statistics: one token that is far from all others would decide every scale (the BOS rule of MixDQ, arXiv 2405.17873).
+A next-scale teacher has no such position; its first scale starts from the class.
 """
 
 from __future__ import annotations
@@ -120,28 +121,35 @@ def observe(
     """
     if not samples.batches:
         raise InputError("the calibration set is empty.", "Give at least one sample.")
-    module, layout = samples.model.module, samples.model.source.layout
+    module, source = samples.model.module, samples.model.source
     groups = position_groups(samples.model, num_ranges)
+    num_tokens, is_raster_teacher = source.layout.num_tokens, source.kind == "teacher" and source.layout.is_raster
     found: dict[str, SiteStatistics] = {}
 
     def watch(site: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
+            x_RnK = x if x.dim() == 3 else x.unsqueeze(1)
             if site not in found:
                 found[site] = SiteStatistics(x.shape[-1], len(groups))
-            x_RnK = x if x.dim() == 3 else x.unsqueeze(1)
             if not bool(x_RnK.isfinite().all()):
                 raise NumericalError(f"calibration: the input of {site} contains NaN or infinity.")
-            prefix = x_RnK.shape[1] - layout.num_tokens
-            x_RnK = x_RnK[:, max(prefix, 0) :] if x_RnK.shape[1] > 1 else x_RnK
+            length = x_RnK.shape[1]
+            condition = 1 if is_raster_teacher and length == num_tokens else max(length - num_tokens, 0)
+            x_RnK = x_RnK[:, condition:]
             found[site].moments.update(x_RnK)
-            if x_RnK.shape[1] != layout.num_tokens:
-                found[site].ranges[0].update(x_RnK)
-                return
-            for seen, positions in zip(found[site].ranges, groups, strict=True):
-                seen.update(x_RnK[:, positions])
+            for seen, positions in zip(found[site].ranges, parts(length - condition), strict=True):
+                if positions is not None and x_RnK[:, positions].numel():
+                    seen.update(x_RnK[:, positions])
 
         return hook
+
+    def parts(length: int) -> list[slice | None]:
+        """What of a pass belongs to each group: of a pass over everything its positions, of a pass over one scale all or nothing."""
+        if length == num_tokens:
+            return groups
+        scale = next((block for block in source.layout.blocks if len(block) == length), source.layout.blocks[0])
+        return [slice(None) if group.start <= scale[0] < group.stop else None for group in groups]
 
     hooks = [module.get_submodule(names[0]).register_forward_pre_hook(watch(site)) for site, names in sites.items()]
     try:
