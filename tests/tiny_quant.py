@@ -8,17 +8,19 @@ from pathlib import Path
 
 import tiny_models
 import tiny_var
-import torch
 from torch import Tensor
 
 from arsp.config import deep_merge, validate
 from arsp.decode.filters import LogitsPipeline
 from arsp.models.student import LlamaGenStudent
+from arsp.quant.balance import rotate
 from arsp.quant.calibrate import Samples, own_samples
+from arsp.quant.linear import InputFormat
+from arsp.quant.quantiser import QuantisedWeight, fold_shift, integer_linear, quantise_activation, quantise_shifted
 from arsp.quant.recipe import Recipe, recipe_card
 from arsp.stack import StackConfig, sampling_rule
 from arsp.zoo.bundle import save_bundle
-from arsp.zoo.load import LoadedModel, load_model, resolve
+from arsp.zoo.load import LoadedModel, load_model
 
 GPT_CONFIG = replace(tiny_models.GPT_CONFIG, dim=64, n_layer=2, n_head=4, multiple_of=32)  # feed-forward layers are 192 wide
 VAR_CONFIG = replace(tiny_var.CONFIG, embed_dim=64, num_heads=4)
@@ -64,9 +66,17 @@ def recipe(name: str = "w4a8", **changes: object) -> Recipe:
     return validate(Recipe, deep_merge(recipe_card(name), changes))
 
 
+def by_hand(weight: QuantisedWeight, bias_N: Tensor | None, input_format: InputFormat, x: Tensor) -> Tensor:
+    """A quantised layer step by step: balance, quantise every row, multiply whole numbers."""
+    if input_format.shifted:
+        codes, scales = quantise_shifted(x)
+        return integer_linear(codes, scales, weight, fold_shift(weight, bias_N))
+    x = x.float() if input_format.smooth_K is None else x.float() * input_format.smooth_K
+    x = x if input_format.signs_K is None else rotate(x, input_format.signs_K)
+    codes, scales = quantise_activation(x)
+    return integer_linear(codes, scales, weight, bias_N)
+
+
 def sqnr_db(given: Tensor, found: Tensor) -> float:
     noise = float((given - found).double().square().sum())
     return 10 * math.log10(float(given.double().square().sum()) / noise) if noise else math.inf
-
-
-__all__ = ["GPT_CONFIG", "KINDS", "VAR_CONFIG", "load", "make", "recipe", "resolve", "rule", "samples", "sqnr_db", "torch"]

@@ -61,7 +61,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     """Orthonormal Walsh-Hadamard transform (Sylvester's order) of every ``block`` entries of the last dimension; its own inverse."""
     shape, width = x.shape, 1
     while width < block:
-        pairs = x.reshape(*shape[:-1], -1, 2, width)
+        pairs = x.reshape(*shape[:-1], shape[-1] // (2 * width), 2, width)
         x = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2)
         width *= 2
     return x.reshape(shape) * block**-0.5
