@@ -25,6 +25,9 @@ from torch import Tensor
 from arsp.decode.ar import Callback, decode_blocks
 from arsp.decode.filters import LogitsPipeline
 from arsp.errors import ConfigError, InputError, NumericalError
+from arsp.kernels import flow_map as integrate_on_device
+from arsp.kernels import integrates_flow
+from arsp.kernels.reference import multistep_weight
 from arsp.protocols import Decoder, Generation, Request
 from arsp.rng import keyed_normal
 
@@ -258,8 +261,12 @@ class _Rows:
 
 
 def _map_chunk(logp_NV: Tensor, noise_NE: Tensor, book: FlowCodebook) -> tuple[Tensor, ...]:
-    rows = _Rows(logp_NV, noise_NE, book)
-    (_integrate_adaptive if book.settings.solver == "adaptive" else _integrate_grid)(rows, book.settings)
+    rows, settings = _Rows(logp_NV, noise_NE, book), book.settings
+    if settings.solver != "adaptive" and integrates_flow(rows.logp, noise_NE):
+        at = (rows.stop_at, settings.solver, settings.steps, settings.t_end)
+        rows.group, rows.stop_t, rows.weight, rows.nfe, rows.state = integrate_on_device(rows.logp, noise_NE, book.vectors_EU.t(), *at)
+        return rows.outcome()
+    (_integrate_adaptive if settings.solver == "adaptive" else _integrate_grid)(rows, settings)
     return rows.outcome()
 
 
@@ -281,18 +288,10 @@ def _integrate_grid(rows: _Rows, settings: FlowSettings) -> None:
             x_middle = mean + (middle / t) * (x - mean)
             x = x + (grid[i + 1] - t) * velocity(x_middle, rows.evaluate(x_middle, middle)[1], middle)
         else:
-            slope = _multistep_weight(grid, i) if settings.solver == "2m" else 0.0
+            slope = multistep_weight(grid, i) if settings.solver == "2m" else 0.0
             target = mean if slope == 0 else mean + slope * (mean - previous)
             x = target + (grid[i + 1] / t) * (x - target)
         previous = mean
-
-
-def _multistep_weight(grid: list[float], i: int) -> float:
-    """1/(2r) with r = h'/h, the ratio of the last two steps in lambda = log((1-t)/t); 0 while one of them starts at t = 1."""
-    if i < 2:
-        return 0.0
-    before, now, after = (math.log((1 - t) / t) for t in grid[i - 1 : i + 2])
-    return (after - now) / (2 * (now - before))
 
 
 _DP_TIMES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)  # Dormand and Prince (1980), 5(4), first same as last

@@ -20,8 +20,8 @@ from arsp.kernels import build, cuda, ops, reference
 from arsp.kernels.layouts import TILE, pack_w4_cpu, pack_w8_cpu
 
 __all__ = [
-    "BACKENDS", "GROUP_SIZES", "MAX_ROWS", "OPS", "TILE", "apply_rope", "backends", "cached_attention", "fuses_noise", "gelu_quantize",
-    "keyed_argmax", "modulate_quantize", "pack_w4_cpu", "pack_w8_cpu", "quantize_per_token", "rms_norm", "rms_norm_quantize",
+    "BACKENDS", "GROUP_SIZES", "MAX_ROWS", "OPS", "TILE", "apply_rope", "backends", "cached_attention", "flow_map", "fuses_noise", "gelu_quantize",
+    "integrates_flow", "keyed_argmax", "modulate_quantize", "pack_w4_cpu", "pack_w8_cpu", "quantize_per_token", "rms_norm", "rms_norm_quantize",
     "set_backend", "skips_windows", "small_linear", "swiglu_quantize", "verify", "w4a8_linear", "w8a8_linear",
     "windowed_scale_attention",
 ]  # fmt: skip
@@ -153,7 +153,7 @@ def _cpu_backends() -> list[dict[str, str]]:
 def _cuda_backends() -> list[dict[str, str]]:
     usable, reason = (_cuda_loaded, _cuda_reason) if _cuda_reason is not None or _wanted in ("reference", "cpu") else cuda.state()
     rows = []
-    for op in OPS:
+    for op in dict.fromkeys((*OPS, *cuda.LIMITS)):
         backend = "cuda" if usable and op in cuda.LIMITS else "reference"
         why = f"{reason}; {cuda.LIMITS[op]}" if backend == "cuda" else "torch's own is used" if usable else reason
         rows.append({"op": f"{op} (CUDA)", "backend": backend, "reason": str(why or f"chosen with --kernels {_wanted}")})
@@ -232,7 +232,7 @@ def windowed_scale_attention(
 
 def skips_windows(q_BHnD: Tensor, k_BHTD: Tensor, v_GHTD: Tensor) -> bool:
     """Whether :func:`windowed_scale_attention` leaves out what the windows drop; the reference only masks it."""
-    return _applies(q_BHnD, k_BHTD, v_GHTD)
+    return _applies(q_BHnD, k_BHTD, v_GHTD) and (q_BHnD.is_cpu or cuda.windows_fit(q_BHnD, v_GHTD))
 
 
 def _check_windowed(q_BHnD: Tensor, k_BHTD: Tensor, v_GHTD: Tensor, windows_Hs: Tensor, sides: Sequence[int], scale_index: int) -> None:
@@ -511,3 +511,24 @@ def _check_linear(
         raise ConfigError(f"{op}: offset and rowsum come together.", "The offset is of kernels.gelu_quantize.")
     _expect(op, "offset", offset, sx.shape, torch.float32)
     _expect(op, "rowsum", rowsum_N, (outputs,), torch.float32)
+
+
+def integrates_flow(logp_NU: Tensor, noise_NE: Tensor) -> bool:
+    """Whether there is a kernel of :func:`flow_map` for these tensors: float32 on CUDA, vectors of up to 32 numbers."""
+    return logp_NU.is_cuda and logp_NU.dtype == torch.float32 and noise_NE.shape[1] <= cuda.MAX_WIDTH and _applies(logp_NU, noise_NE)
+
+
+def flow_map(
+    logp_NU: Tensor, noise_NE: Tensor, vectors_UE: Tensor, stop_at_N: Tensor, solver: str, steps: int, t_end: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The flow map of distilled decoding (arXiv 2412.17153) for a batch of rows, all steps at once.
+
+    Args:
+        logp_NU: float32 log-probabilities of U distinct vectors, normalised; -inf removes one.
+        noise_NE, vectors_UE: float32. stop_at_N: posterior weight at which a row ends; above 1: never.
+        solver: ``euler``, ``2m`` or ``midpoint``. steps: of a grid uniform in t from 1 to ``t_end``.
+
+    Returns, all ``(N,)``: the likeliest vector where the row ends (int64), t there, its weight, posterior evaluations; and x there (N, E).
+    """
+    apply = ops.flow_map if integrates_flow(logp_NU, noise_NE) else reference.flow_map
+    return apply(logp_NU, noise_NE, vectors_UE, stop_at_N, solver, steps, t_end)

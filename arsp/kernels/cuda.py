@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -27,6 +29,8 @@ LAUNCHERS = {
     "gelu_quantize": "pilllpppp",
     "w4a8_linear": "plppllpllpllipipppillp",
     "w8a8_linear": "plppllplpipppillp",
+    "windowed_scale_attention": "pppplllllllllppiillp",
+    "flow_map": "pppppiillipppppppp",
     "keyed_argmax": "pllllpplpp",
     "verify": "plllpffldlpplpppppp",
 }
@@ -42,10 +46,16 @@ LIMITS = {  # op -> where its kernel is used
     "gelu_quantize": _QUANTISING,
     "w8a8_linear": "always",
     "w4a8_linear": "groups of 32, 64, 128 or all columns",
+    "windowed_scale_attention": "bfloat16, heads of 64, up to 24 scales, torch otherwise",
+    "flow_map": "float32, vectors of up to 32 numbers",
     "keyed_argmax": "always",
     "verify": "always",
 }
 ALIGNMENT = 16
+WIDTHS = (8, 16, 32)  # of the vectors of flow_map; others are filled up with zeros
+MAX_WIDTH = WIDTHS[-1]
+SCRATCH_CODES = 1 << 24  # rows x codes that flow_map lists at once
+HEAD, MAX_SCALES = 64, 24  # of windowed_scale_attention
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +187,65 @@ class CudaOps:
         filters = (drafts_R.contiguous(), divisor, inverse, top_k, top_p)
         self._call("verify", rows, rows, rows.stride(0), *rows.shape, *filters, *key, codes, log_p, lse, threshold, last)
         return codes, log_p, lse, threshold, last
+
+    # ---- attention
+
+    def windowed_scale_attention(
+        self, q_BHnD: Tensor, k_BHTD: Tensor, v_GHTD: Tensor, windows_Hs: Tensor, sides: Sequence[int], scale_index: int
+    ) -> Tensor:
+        if not windows_fit(q_BHnD, v_GHTD, scale_index):
+            return reference.windowed_scale_attention(q_BHnD, k_BHTD, v_GHTD, windows_Hs, sides, scale_index)
+        out = empty((*v_GHTD.shape[:2], q_BHnD.shape[2], HEAD), q_BHnD.dtype, q_BHnD)
+        q, k, v = (_aligned(tensor) for tensor in (q_BHnD, k_BHTD, v_GHTD))
+        strides = [stride for tensor in (q, k, v) for stride in tensor.stride()[:3]]
+        maps = (ctypes.c_int * (scale_index + 1))(*sides[: scale_index + 1])
+        rows, heads = q.shape[:2]
+        self._call(
+            "windowed_scale_attention", q, q, k, v, out, *strides, windows_Hs.contiguous(), maps, scale_index,
+            v.shape[0] // max(rows, 1), rows, heads,
+        )  # fmt: skip
+        return out
+
+    # ---- flow map
+
+    def flow_map(
+        self, logp_NU: Tensor, noise_NE: Tensor, vectors_UE: Tensor, stop_at_N: Tensor, solver: str, steps: int, t_end: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        (num, codes), dim = logp_NU.shape, noise_NE.shape[1]
+        if dim > MAX_WIDTH or logp_NU.dtype != torch.float32 or noise_NE.dtype != torch.float32:
+            return reference.flow_map(logp_NU, noise_NE, vectors_UE, stop_at_N, solver, steps, t_end)
+        width = next(width for width in WIDTHS if width >= dim)
+        noise, vectors = (F.pad(x.float(), (0, width - dim)).contiguous() for x in (noise_NE, vectors_UE))
+        logp, stop_at = logp_NU.contiguous(), stop_at_N.float().contiguous()
+        grid = _flow_grid(solver, steps, t_end, logp.device)
+        group, state = empty((num,), torch.int64, logp), empty((num, width), torch.float32, logp)
+        stop_t, weight, evaluations = (empty((num,), torch.float32, logp) for _ in range(3))
+        chunk = max(1, SCRATCH_CODES // codes)
+        listed, logs = (empty((min(chunk, num), codes), dtype, logp) for dtype in (torch.int32, torch.float32))
+        for start in range(0, num, chunk):
+            part = slice(start, start + chunk)
+            self._call(
+                "flow_map", logp, logp[part], noise[part], vectors, stop_at[part], grid, ("euler", "2m", "midpoint").index(solver), steps,
+                len(logp[part]), codes, width, listed, logs, group[part], stop_t[part], weight[part], evaluations[part], state[part],
+            )  # fmt: skip
+        return group, stop_t, weight, evaluations, state[:, :dim].contiguous()
+
+
+@lru_cache(maxsize=16)
+def _flow_grid(solver: str, steps: int, t_end: float, device: torch.device) -> Tensor:
+    return torch.tensor(reference.flow_grid(solver, steps, t_end), dtype=torch.float32, device=device)
+
+
+def windows_fit(q_BHnD: Tensor, v_GHTD: Tensor, scale_index: int = 0) -> bool:
+    """Whether windowed_scale_attention has a kernel for these tensors."""
+    heads_fit = q_BHnD.shape[-1] == HEAD and v_GHTD.shape[-1] == HEAD
+    return q_BHnD.dtype == torch.bfloat16 and heads_fit and q_BHnD.shape[0] > 0 and scale_index < MAX_SCALES
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` with rows of neighbouring values that begin at multiples of 16 bytes, in place where they do."""
+    fits = x.stride(-1) == 1 and x.data_ptr() % ALIGNMENT == 0 and all(s * x.element_size() % ALIGNMENT == 0 for s in x.stride()[:-1])
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -189,6 +189,23 @@ def _(
     return xq.new_empty((*xq.shape[:-1], scales_NG.shape[0]), dtype=dtype)
 
 
+torch.library.define(
+    "arsp::flow_map",
+    "(Tensor logp, Tensor noise, Tensor vectors, Tensor stop_at, str solver, int steps, float t_end) -> "
+    "(Tensor group, Tensor stop_t, Tensor weight, Tensor evaluations, Tensor state)",
+)
+torch.library.impl("arsp::flow_map", "CompositeExplicitAutograd", reference.flow_map)
+
+
+@torch.library.register_fake("arsp::flow_map")
+def _(
+    logp_NU: Tensor, noise_NE: Tensor, vectors_UE: Tensor, stop_at_N: Tensor, solver: str, steps: int, t_end: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    torch._check(logp_NU.dim() == 2 and vectors_UE.dim() == 2, lambda: "flow_map: expected logp (N, U) and vectors (U, E)")
+    rest = (logp_NU.new_empty(len(logp_NU)) for _ in range(3))
+    return logp_NU.new_empty(len(logp_NU), dtype=torch.int64), *rest, torch.empty_like(noise_NE)
+
+
 small_linear = torch.ops.arsp.small_linear.default
 rms_norm = torch.ops.arsp.rms_norm.default
 apply_rope = torch.ops.arsp.apply_rope.default
@@ -203,3 +220,4 @@ swiglu_quantize = torch.ops.arsp.swiglu_quantize.default
 gelu_quantize = torch.ops.arsp.gelu_quantize.default
 w8a8_linear = torch.ops.arsp.w8a8_linear.default
 w4a8_linear = torch.ops.arsp.w4a8_linear.default
+flow_map = torch.ops.arsp.flow_map.default

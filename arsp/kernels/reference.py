@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -252,3 +254,75 @@ def integer_linear(
     y = total * sx[..., None]
     y = y if bias_N is None else y + bias_N.float()
     return (y if offset is None or rowsum_N is None else y + offset[..., None] * rowsum_N).to(dtype)
+
+
+class FlowStep(NamedTuple):
+    """A point of the grid of :func:`flow_map` and the way to the next one, all functions of t alone."""
+
+    t: float
+    inner: float  # log w = log p + inner <x, c> - square |c|^2
+    square: float
+    ratio: float = 0.0  # t' / t, t' the next point
+    slope: float = 0.0  # 2m: weight of the difference to the mean before
+    width: float = 0.0  # t' - t
+    middle: float = 0.0  # midpoint: the t half way, and what is above for it
+    middle_ratio: float = 0.0
+    middle_inner: float = 0.0
+    middle_square: float = 0.0
+
+
+def flow_grid(solver: str, steps: int, t_end: float) -> list[FlowStep]:
+    """``steps`` steps uniform in t from 1 to ``t_end``."""
+    grid = [1 + (t_end - 1) * i / steps for i in range(steps + 1)]
+    points = []
+    for i, (t, after) in enumerate(zip(grid, grid[1:], strict=False)):
+        slope, middle = multistep_weight(grid, i) if solver == "2m" else 0.0, (t + after) / 2
+        points.append(FlowStep(t, *_evidence(t), after / t, slope, after - t, middle, middle / t, *_evidence(middle)))
+    return [*points, FlowStep(t_end, *_evidence(t_end))]
+
+
+def _evidence(t: float) -> tuple[float, float]:
+    return (1 - t) / (t * t), (1 - t) ** 2 / (2 * t * t)
+
+
+def multistep_weight(grid: list[float], i: int) -> float:
+    """1/(2r) with r = h'/h, the ratio of the last two steps in lambda = log((1-t)/t); 0 while one of them starts at t = 1."""
+    if i < 2:
+        return 0.0
+    before, now, after = (math.log((1 - t) / t) for t in grid[i - 1 : i + 2])
+    return (after - now) / (2 * (now - before))
+
+
+def flow_map(
+    logp_NU: Tensor, noise_NE: Tensor, vectors_UE: Tensor, stop_at_N: Tensor, solver: str, steps: int, t_end: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(group int64, stop_t, weight, evaluations, state)`` of every row: the flow of arXiv 2412.17153 from its noise towards the vectors,
+    until the largest posterior weight reaches ``stop_at`` or the grid ends. Solvers: euler, 2m, midpoint."""
+
+    def posterior(x_NE: Tensor, inner: float, square: float) -> tuple[Tensor, Tensor]:
+        log_w_NU = logp_NU + inner * (x_NE @ vectors_UE.T) - square * vectors_UE.square().sum(1)
+        w_NU = log_w_NU.softmax(1)
+        return w_NU, w_NU @ vectors_UE
+
+    num = len(logp_NU)
+    group_N, live_N = torch.zeros(num, dtype=torch.int64, device=logp_NU.device), torch.ones(num, dtype=torch.bool, device=logp_NU.device)
+    stop_t_N, weight_N, evaluations_N = (torch.zeros(num, device=logp_NU.device) for _ in range(3))
+    x_NE, state_NE, previous_NE = noise_NE, noise_NE.clone(), None
+    for i, step in enumerate(flow_grid(solver, steps, t_end)):
+        w_NU, mean_NE = posterior(x_NE, step.inner, step.square)
+        best_N, code_N = w_NU.max(1)
+        evaluations_N += live_N
+        new_N = live_N & ((best_N >= stop_at_N) | (i == steps))
+        group_N, stop_t_N = torch.where(new_N, code_N, group_N), stop_t_N.masked_fill(new_N, step.t)
+        weight_N, state_NE = torch.where(new_N, best_N, weight_N), torch.where(new_N[:, None], x_NE, state_NE)
+        live_N = live_N & ~new_N
+        if i == steps or not live_N.any():
+            break
+        if solver == "midpoint":
+            middle_NE = mean_NE + step.middle_ratio * (x_NE - mean_NE)
+            x_NE = x_NE + step.width * (middle_NE - posterior(middle_NE, step.middle_inner, step.middle_square)[1]) / step.middle
+            evaluations_N += live_N
+        else:
+            target_NE = mean_NE if previous_NE is None else mean_NE + step.slope * (mean_NE - previous_NE)
+            x_NE, previous_NE = target_NE + step.ratio * (x_NE - target_NE), mean_NE
+    return group_N, stop_t_N, weight_N, evaluations_N, state_NE
