@@ -38,6 +38,8 @@ from arsp.decode.smooth import SmoothGenerator
 from arsp.errors import ConfigError, InputError, nearest
 from arsp.protocols import Generation, Generator, Request
 from arsp.quant.linear import SimulatedLinear
+from arsp.quant.recipe import RECIPES
+from arsp.quant.transform import Quantise, data_free
 from arsp.registry import Registry
 from arsp.rng import Purpose, keyed_labels
 from arsp.runs import atomic_file, cache_root, check_stop
@@ -77,7 +79,7 @@ class StackConfig(StrictModel):
     collab: str | None = Field(None, min_length=1, description="BIG:SMALL@N: the big model makes the first N scales (next-scale models)")
     schedule: str | None = Field(None, min_length=1, description="YAML file, one row a scale: model, depth, attention, cfg, precision")
     apply: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
-        [], description="what makes a pass cheaper, e.g. litevar=PROFILE"
+        [], description="what makes a pass cheaper: litevar=PROFILE, or a data-free recipe of arsp quantize (w4a8, w8a8)"
     )
     share: Literal["map"] | None = Field(None, description="guidance halves share the attention maps at every scale")
     more_smooth: bool = Field(False, description="Gumbel-smoothed vectors instead of codes (next-scale; pictures, never metrics)")
@@ -232,6 +234,9 @@ class Stack:
 def check(config: StackConfig) -> ModelSource:
     """Refuse an impossible stack before any weight is read; returns the resolved model."""
     source = resolve(config.model, tokenizer=config.tokenizer)
+    transform = transform_of(config)
+    if transform and "quantization" in source.card:
+        raise ConfigError(f"--apply {transform.name}: {source.name} is quantised already.", "Drop it, or apply it to the base model.")
     if source.kind not in ("teacher", "student"):
         raise ConfigError(f"{config.model} is of kind '{source.kind}', it generates nothing.", "See: arsp models ls")
     if source.kind == "student" and source.origin == "file" and config.tokenizer is None:
@@ -376,10 +381,23 @@ def mode_label(config: StackConfig, source: ModelSource) -> str:
 def next_scale_options(config: StackConfig) -> list[str]:
     """The options in use that only a next-scale teacher has."""
     given = {
-        "--collab": config.collab, "--schedule": config.schedule, "--apply": config.apply, "--share": config.share,
+        "--collab": config.collab, "--schedule": config.schedule, "--apply": policies(config), "--share": config.share,
         "--more-smooth": config.more_smooth,
     }  # fmt: skip
     return [option for option, value in given.items() if value]
+
+
+def policies(config: StackConfig) -> list[str]:
+    """What ``apply`` names that is not a recipe: attention policies."""
+    return [text for text in config.apply if text not in RECIPES]
+
+
+def transform_of(config: StackConfig) -> Quantise | None:
+    """The recipe that ``apply`` names. ConfigError for two of them, or one that needs samples of the model."""
+    names = [text for text in config.apply if text in RECIPES]
+    if len(names) > 1:
+        raise ConfigError(f"--apply {', '.join(names)}: one recipe at a time.", "Keep one.")
+    return data_free(names[0]) if names else None
 
 
 def decoder_options(config: StackConfig) -> dict[str, Any]:
@@ -412,10 +430,10 @@ def schedule_rows(config: StackConfig, source: ModelSource) -> list[ScaleRow]:
         if (named.name, named.path) != (source.name, source.path):
             raise ConfigError(f"--collab {config.collab}: the big model is not --model {source.name}.", f"Use --model {big}.")
         rows = [*rows[:count], *(row.model_copy(update={"model": small}) for row in rows[count:])]
-    for text in config.apply:
+    for text in policies(config):
         name = text.partition("=")[0]
         if name != "litevar":
-            raise ConfigError(f"--apply {text}: unknown transform or policy '{name}'.", "Known: litevar=PROFILE")
+            raise ConfigError(f"--apply {text}: unknown transform or policy '{name}'.", f"Known: litevar=PROFILE, {', '.join(RECIPES)}")
         rows = _fill(rows, f"--apply {text}", {"attention": text}, lambda row: row.model == "" and row.attention == "dense")
     if config.share:
         rows = _fill(rows, "--share map", {"cfg": "shared"}, lambda row: row.cfg == "full")
@@ -436,8 +454,10 @@ def build(
     log: Callable[[str], None] = lambda text: None,
 ) -> Stack:
     """Check, load and connect. ``log`` is told about anything that takes long before the first image."""
-    source = check(config)
-    model = load_model(source, device, dtype, random_weights=config.random_weights)
+    source, transform = check(config), transform_of(config)
+    model = load_model(source, device, torch.float32 if transform else dtype, random_weights=config.random_weights)
+    if transform:
+        model.module = transform.apply(model.module).to(dtype)
     teacher = model if source.kind == "teacher" else _teacher_of(model, config, device, dtype)
     guidance, pipeline = sampling_rule((teacher or model).source, config)
     rows: list[ScaleRow] = []
@@ -468,9 +488,8 @@ def build(
             else (_baseline(config, model, decoder, pipeline, ar, log), f"{source.label} {config.baseline}")
         )
     pixel_decoder = None if model.tokenizer is None else prepare_decoder(model.tokenizer, **decoder_options(config))
-    if rows:
-        smooth = "more-smooth" if config.more_smooth else None
-        name = " + ".join([name, *(part for part in (config.collab, config.schedule, config.share, *config.apply, smooth) if part)])
+    smooth = "more-smooth" if rows and config.more_smooth else None
+    name = " + ".join([name, *(part for part in (config.collab, config.schedule, config.share, *config.apply, smooth) if part)])
     if config.decoder_dtype != "float32":
         name = f"{name} + {config.decoder_dtype} decoder"
     stack = Stack(config, name, model, generator, torch.device(device), pipeline, guidance, pixel_decoder, rows, steps)

@@ -94,14 +94,21 @@ def image_samples(model: LoadedModel, guidance: Guidance | RampGuidance, images_
 
 
 class SiteStatistics:
-    """Of the rows that enter a site: their moments, and the range of every channel in groups of positions."""
+    """Of the rows that enter a site: their moments, and of every step of the layout (a raster model counts as one) the range of each
+    channel, as channel balancing wants it, and its largest magnitude."""
 
-    def __init__(self, num_inputs: int, num_ranges: int):
+    def __init__(self, num_inputs: int, num_steps: int):
         self.moments = InputMoments(num_inputs)
-        self.ranges = [ChannelRange() for _ in range(num_ranges)]
+        self.ranges = [ChannelRange() for _ in range(num_steps)]
+        self.peaks_SK = torch.zeros(num_steps, num_inputs)
+
+    def update(self, x_RnK: Tensor, step: int) -> None:
+        """Rows of one step."""
+        self.ranges[step].update(x_RnK)
+        self.peaks_SK[step] = torch.maximum(self.peaks_SK[step], x_RnK.float().abs().amax((0, 1)).cpu())
 
     def largest_K(self) -> Tensor:
-        """Largest magnitude of every channel in any of the groups: all of them share one weight."""
+        """Largest range of every channel at any step: all of them share one weight."""
         return torch.stack([seen.range_K for seen in self.ranges if seen.range_K is not None]).amax(0)
 
 
@@ -111,8 +118,6 @@ InputStatistics = Mapping[str, SiteStatistics]
 def observe(
     samples: Samples,
     sites: Mapping[str, list[str]],
-    *,
-    num_ranges: int = 1,
     callback: Callable[[int], None] = lambda images: None,
 ) -> dict[str, SiteStatistics]:
     """Run the model on the samples and keep the statistics of each site (name -> its readers, as :func:`arsp.quant.transform.sites`).
@@ -122,7 +127,7 @@ def observe(
     if not samples.batches:
         raise InputError("the calibration set is empty.", "Give at least one sample.")
     module, source = samples.model.module, samples.model.source
-    groups = position_groups(samples.model, num_ranges)
+    blocks = [tuple(range(source.layout.num_tokens))] if source.layout.is_raster else source.layout.blocks
     num_tokens, is_raster_teacher = source.layout.num_tokens, source.kind == "teacher" and source.layout.is_raster
     found: dict[str, SiteStatistics] = {}
 
@@ -131,25 +136,26 @@ def observe(
             x = args[0].detach()
             x_RnK = x if x.dim() == 3 else x.unsqueeze(1)
             if site not in found:
-                found[site] = SiteStatistics(x.shape[-1], len(groups))
+                found[site] = SiteStatistics(x.shape[-1], len(blocks))
             if not bool(x_RnK.isfinite().all()):
                 raise NumericalError(f"calibration: the input of {site} contains NaN or infinity.")
             length = x_RnK.shape[1]
             condition = 1 if is_raster_teacher and length == num_tokens else max(length - num_tokens, 0)
             x_RnK = x_RnK[:, condition:]
             found[site].moments.update(x_RnK)
-            for seen, positions in zip(found[site].ranges, parts(length - condition), strict=True):
-                if positions is not None and x_RnK[:, positions].numel():
-                    seen.update(x_RnK[:, positions])
+            for step, rows_RmK in parts(x_RnK):
+                found[site].update(rows_RmK, step)
 
         return hook
 
-    def parts(length: int) -> list[slice | None]:
-        """What of a pass belongs to each group: of a pass over everything its positions, of a pass over one scale all or nothing."""
+    def parts(x_RnK: Tensor) -> list[tuple[int, Tensor]]:
+        """Rows by step: of a pass over everything, over one scale, or of a raster. Rows that are one an image count to the first."""
+        length = x_RnK.shape[1]
+        if len(blocks) == 1 or length == 1:
+            return [(0, x_RnK)]
         if length == num_tokens:
-            return groups
-        scale = next((block for block in source.layout.blocks if len(block) == length), source.layout.blocks[0])
-        return [slice(None) if group.start <= scale[0] < group.stop else None for group in groups]
+            return [(step, x_RnK[:, block[0] : block[-1] + 1]) for step, block in enumerate(blocks)]
+        return [(step, x_RnK) for step, block in enumerate(blocks) if len(block) == length]
 
     hooks = [module.get_submodule(names[0]).register_forward_pre_hook(watch(site)) for site, names in sites.items()]
     try:
@@ -159,12 +165,3 @@ def observe(
         for hook in hooks:
             hook.remove()
     return found
-
-
-def position_groups(model: LoadedModel, num_ranges: int) -> list[slice]:
-    """Positions of a next-scale model in at most ``num_ranges`` runs of scales, as even in number as they go; one run of a raster."""
-    layout = model.source.layout
-    if layout.is_raster:
-        return [slice(0, layout.num_tokens)]
-    parts = [part for part in torch.arange(len(layout.blocks)).tensor_split(num_ranges) if len(part)]
-    return [slice(layout.blocks[int(part[0])][0], layout.blocks[int(part[-1])][-1] + 1) for part in parts]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from arsp.models.var import GELU
 from arsp.quant import litevar
-from arsp.quant.linear import FUSED, InputFormat, QuantLinear, SimulatedLinear
+from arsp.quant.linear import FUSED, InputFormat, QuantLinear, ScaleClock, SimulatedLinear
 from arsp.quant.quantiser import TENSOR, Grid, QuantisedWeight, dequantise, quantise_weight
 
 
@@ -59,13 +59,20 @@ def install(module: nn.Module, layers: Mapping[str, QuantisedLayer], dtype: torc
 
 
 def fuse(module: nn.Module) -> nn.Module:
-    """Let a producer quantise what it makes, where all its readers take integers of one format. Changes ``module``."""
+    """Let a producer quantise what it makes, where all its readers take integers of one format, dynamically. Changes ``module``."""
+    static = [layer for layer in module.modules() if isinstance(layer, QuantLinear) and layer.input_format.static_S is not None]
+    if static:
+        clock = ScaleClock(module.config.patch_nums)
+        for block in module.blocks:
+            block.register_forward_pre_hook(clock.watch)
+        for layer in static:
+            layer.clock = clock
     for producer, names in readers(module).items():
         part, layers = find(module, producer), [find(module, name) for name in names]
         if type(part) not in FUSED or not all(isinstance(layer, QuantLinear) for layer in layers):
             continue
         first, *others = [layer.input_format for layer in layers]
-        if isinstance(part, GELU) == first.shifted and all(first.equals(other) for other in others):
+        if first.static_S is None and isinstance(part, GELU) == first.shifted and all(first.equals(other) for other in others):
             module.set_submodule(producer, FUSED[type(part)](part, first))
     return module
 
@@ -105,7 +112,7 @@ def _own_tensors(part: nn.Module) -> Iterator[Tensor]:
     yield from part.parameters(recurse=False)
     yield from part.buffers(recurse=False)
     if isinstance(part, QuantLinear):
-        yield from (tensor for tensor in (part.input_format.smooth_K, part.input_format.signs_K) if tensor is not None)
+        yield from (tensor for tensor in vars(part.input_format).values() if isinstance(tensor, Tensor))
 
 
 def find(module: nn.Module, name: str) -> nn.Module | None:

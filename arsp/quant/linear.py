@@ -46,26 +46,53 @@ class QuantisedRows:
 @dataclass(frozen=True)
 class InputFormat:
     """How the inputs of a layer become integers: times ``smooth_K``, rotated with ``signs_K`` (:func:`arsp.quant.balance.rotate`), then
-    symmetric per token; or ``shifted``, with neither (:func:`arsp.quant.quantiser.quantise_shifted`, for what a GELU made)."""
+    symmetric per token; or ``shifted``, with neither (:func:`arsp.quant.quantiser.quantise_shifted`, for what a GELU made). With
+    ``static_S`` every scale of a next-scale model has a step of its own in place of one from each token (cf. arXiv 2503.07654)."""
 
     smooth_K: Tensor | None = None  # float32
     signs_K: Tensor | None = None  # int8
     shifted: bool = False
+    static_S: Tensor | None = None  # float32
 
     def equals(self, other: InputFormat) -> bool:
         same = lambda a, b: a is b or (a is not None and b is not None and torch.equal(a, b))  # noqa: E731
-        return self.shifted == other.shifted and same(self.smooth_K, other.smooth_K) and same(self.signs_K, other.signs_K)
+        tensors = ("smooth_K", "signs_K", "static_S")
+        return self.shifted == other.shifted and all(same(getattr(self, name), getattr(other, name)) for name in tensors)
 
     def to(self, device: torch.device) -> InputFormat:
         move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
-        return InputFormat(move(self.smooth_K), move(self.signs_K), self.shifted)
+        return InputFormat(move(self.smooth_K), move(self.signs_K), self.shifted, move(self.static_S))
 
-    def quantise(self, x: Tensor) -> QuantisedRows:
-        """Rows of a tensor that no producer has quantised."""
+    def quantise(self, x: Tensor, clock: ScaleClock | None = None) -> QuantisedRows:
+        """Rows of a tensor that no producer has quantised; ``clock``: which scale runs, where scales are static."""
+        if self.static_S is not None:
+            return QuantisedRows(*kernels.quantize_per_token(x, self.smooth_K, None, clock.steps(self.static_S, x)))
         if self.shifted:
             codes, scales = quantise_shifted(x)
             return QuantisedRows((codes.short() - 128).to(torch.int8), scales, 128 * scales - GELU_SHIFT)
         return QuantisedRows(*kernels.quantize_per_token(x, self.smooth_K, self.signs_K))
+
+
+class ScaleClock:
+    """Which scales of a next-scale model the pass at hand computes; blocks tell it (:meth:`watch` is a forward pre-hook)."""
+
+    def __init__(self, sides: tuple[int, ...]):
+        self.sides, self.scales = sides, None
+
+    def watch(self, block: nn.Module, args: tuple) -> None:
+        self.scales = args[3].scales
+
+    def steps(self, static_S: Tensor, x: Tensor) -> Tensor:
+        """The step of every row of ``x`` (R, n, K); one number where a single scale runs. Without a schedule the rows are all scales from
+        the first on, those of the condition before it counted to it."""
+        if self.scales is not None and self.scales[0] == self.scales[1]:
+            return static_S[self.scales[0], None]
+        first, last = self.scales or (0, len(self.sides) - 1)
+        counts = torch.tensor([side * side for side in self.sides[first : last + 1]], device=x.device)
+        steps_n = static_S[first : last + 1].repeat_interleave(counts)
+        if self.scales is None:
+            steps_n = torch.cat((steps_n[:1].expand(max(0, x.shape[1] - len(steps_n))), steps_n))
+        return steps_n[: x.shape[1]].expand(x.shape[:2]).reshape(-1)
 
 
 class QuantLinear(nn.Module):
@@ -76,6 +103,7 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = weight.codes_NK.shape
         self.bits, self.group_size, self.input_format, self.dtype = weight.bits, weight.group_size, input_format, dtype
         self.padding = -self.in_features % 8 if weight.bits == 4 else 0
+        self.clock: ScaleClock | None = None
         codes_NK, zeros_NG = weight.codes_NK, weight.zeros_NG
         if weight.bits == 4 and zeros_NG is None:
             codes_NK, zeros_NG = codes_NK + 8, torch.full_like(weight.scales_NG, 8, dtype=torch.uint8)
@@ -94,7 +122,7 @@ class QuantLinear(nn.Module):
         return F.gelu(y, approximate="tanh") if gelu else y
 
     def quantise(self, x: Tensor) -> QuantisedRows:
-        return self.input_format.quantise(x)
+        return self.input_format.quantise(x, self.clock)
 
     def _product(self, x: Tensor | QuantisedRows, rows: slice, bias_N: Tensor | None) -> Tensor:
         x = x if isinstance(x, QuantisedRows) else self.quantise(x)

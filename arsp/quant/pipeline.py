@@ -116,7 +116,7 @@ def run(
         samples = _samples(config, model, guidance, pipeline, stage)
     if config.needs_inputs:
         with stage(sum(request.batch_size for request, _ in samples.batches), "looking at the inputs of layers") as advance:
-            statistics = observe(samples, sites(model.module, formats), num_ranges=config.balance.ranges, callback=_tick(advance))
+            statistics = observe(samples, sites(model.module, formats), _tick(advance))
     picture = None
     if config.budget.size is not None:
         formats, picture = _mixed(config, samples, formats, statistics, path, stage, log)

@@ -52,7 +52,6 @@ class BalanceConfig(StrictModel):
 
     alpha: float | None = Field(None, ge=0, le=1, description="exponent of the inputs' ranges in the channel scales (None: no scaling)")
     rotate: bool = Field(False, description="block Hadamard rotation of the inputs, behind the scaling")
-    ranges: int = Field(3, ge=1, description="of a next-scale model: groups of scales whose inputs are looked at apart")
     layers: list[str] = Field(["*"], description="patterns of the layers that are balanced")
 
 
@@ -109,7 +108,9 @@ class Recipe(StrictModel):
     )
 
     @model_validator(mode="after")
-    def _simulation_is_plain(self) -> Recipe:
+    def _parts_agree(self) -> Recipe:
+        if self.activations.scales == "static" and self.balance.rotate:
+            raise ValueError("activations.scales static: the range of a rotated input is not known from that of its channels")
         plain = self.weights.rounding == "nearest" and self.balance == BalanceConfig() and self.activations == ActivationConfig()
         if self.simulate and not (plain and self.budget.size is None):
             raise ValueError(f"simulate: {self.simulate} rounds to nearest, without balancing, static scales or a budget")

@@ -2,8 +2,9 @@
 
 The manifest's ``quantization`` block is a compressed-tensors configuration (``config_groups`` with exact names as targets) with additions
 of ours under ``arsp``: the recipe, which inputs are shifted, the base model, whether it is ``simulated``. Beside the tensors of
-:mod:`arsp.quant.pack` a layer P may have ``P.bias``, ``P.input_smooth`` float32 (K,), which its inputs are multiplied by, and
-``P.rotation_sign`` int8 (K,). Every other tensor keeps its key. Layouts of kernels are made on load.
+:mod:`arsp.quant.pack` a layer P may have ``P.bias``, ``P.input_smooth`` float32 (K,), which its inputs are multiplied by,
+``P.rotation_sign`` int8 (K,), and ``P.input_scale`` float32 (S,), the static step of every scale. Every other tensor keeps its key.
+Layouts of kernels are made on load.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def layer_tensors(layers: Mapping[str, QuantisedLayer]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, layer in layers.items():
         found |= to_tensors(layer.weight, name)
-        more = {"bias": layer.bias_N, "input_smooth": layer.input_format.smooth_K, "rotation_sign": layer.input_format.signs_K}
+        given = layer.input_format
+        more = {"bias": layer.bias_N, "input_smooth": given.smooth_K, "rotation_sign": given.signs_K, "input_scale": given.static_S}
         found |= {f"{name}.{part}": tensor for part, tensor in more.items() if tensor is not None}
     return found
 
@@ -100,6 +102,7 @@ def install_from(module: nn.Module, block: Mapping[str, Any], weights: dict[str,
             raise InputError(f"{where}: {name} is of shape {tuple(weight.codes_NK.shape)}, the model has {expected}.")
         if (layer.bias is None) == (f"{name}.bias" in own):
             raise InputError(f"{where}: {name} and its tensors do not agree on a bias.")
-        extra = InputFormat(own.get(f"{name}.input_smooth"), own.get(f"{name}.rotation_sign"), name in shifted)
+        balance = (own.get(f"{name}.{part}") for part in ("input_smooth", "rotation_sign"))
+        extra = InputFormat(*balance, name in shifted, own.get(f"{name}.input_scale"))
         module.set_submodule(name, QuantLinear(weight, own.get(f"{name}.bias"), extra, dtype))
     fuse(module)

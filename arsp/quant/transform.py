@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from arsp.config import validate
 from arsp.errors import ConfigError, nearest
-from arsp.models.var import GELU
+from arsp.models.var import GELU, Block
 from arsp.quant.balance import balance_scale, rotate, rotation_signs
 from arsp.quant.calibrate import InputStatistics
-from arsp.quant.install import QuantisedLayer, find, linear_layers, sites
+from arsp.quant.install import QuantisedLayer, find, install, linear_layers, simulate, sites
 from arsp.quant.linear import InputFormat, QuantLinear, SimulatedLinear
 from arsp.quant.pack import packed_bytes
 from arsp.quant.quantiser import CHANNEL, QuantisedWeight, fitting_group, quantise_weight
-from arsp.quant.recipe import Recipe, matches
+from arsp.quant.recipe import Recipe, matches, recipe_card
 from arsp.quant.rounding import awq, gptq
 
 SIGNS_SEED = 0  # of the random signs of rotations
@@ -39,6 +40,30 @@ class Format:
 
     def __str__(self) -> str:
         return f"W{self.bits}" if self.group_size == CHANNEL else f"W{self.bits}g{self.group_size}"
+
+
+@dataclass(frozen=True)
+class Quantise:
+    """A recipe as an :class:`arsp.protocols.Transform`: float32 weights in, integer layers (or simulated ones) out."""
+
+    name: str
+    recipe: Recipe
+    statistics: InputStatistics | None = None
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Changes ``model``. Errors as of :func:`choose_layers` and :func:`quantise_layers`."""
+        formats = choose_layers(model, self.recipe)
+        if self.recipe.simulate:
+            return simulate(model, {name: format_.bits for name, format_ in formats.items()}, self.recipe.simulate)
+        return install(model, quantise_layers(model, formats, self.recipe, self.statistics), torch.float32)
+
+
+def data_free(name: str) -> Quantise:
+    """The transform of a recipe that reads weights alone. ConfigError for one that runs the model first."""
+    recipe = validate(Recipe, recipe_card(name))
+    if recipe.needs_inputs or recipe.budget.size is not None:
+        raise ConfigError(f"recipe {name} looks at the model's own samples first.", f"Make a bundle: arsp quantize --recipe {name}")
+    return Quantise(name, recipe)
 
 
 def choose_layers(module: nn.Module, recipe: Recipe) -> dict[str, Format]:
@@ -87,13 +112,22 @@ def quantise_layers(
             every = torch.cat(weights)
             scale_K, _ = awq(every, seen.moments, format_.bits, format_.group_size, clip=False, name=names[0])
         shifted = recipe.activations.shift_gelu and scale_K is None and signs_K is None and isinstance(find(module, site), GELU)
-        input_format = InputFormat(None if scale_K is None else 1 / scale_K, signs_K, shifted)
+        smooth_K = None if scale_K is None else 1 / scale_K
+        static_S = None
+        if recipe.activations.scales == "static" and not shifted and in_blocks(module, names[0]) and bool(seen.peaks_SK.any(1).all()):
+            static_S = (seen.peaks_SK if smooth_K is None else seen.peaks_SK * smooth_K).amax(1) / 127
+        input_format = InputFormat(smooth_K, signs_K, shifted, static_S)
         gram_KK = None if seen is None or recipe.weights.rounding == "nearest" else transformed_gram(seen.moments.gram_KK, input_format)
         for name, layer, weight_NK in zip(names, layers, weights, strict=True):
             codes = _round(balanced_weight(weight_NK, input_format), formats[name], recipe, gram_KK, name)
             done[name] = QuantisedLayer(codes, None if layer.bias is None else layer.bias.detach().float(), input_format)
             callback(name)
     return done
+
+
+def in_blocks(module: nn.Module, name: str) -> bool:
+    """Whether a layer is part of a VAR block: these are told which scale runs."""
+    return any(isinstance(find(module, name.rsplit(".", depth)[0]), Block) for depth in range(1, name.count(".") + 1))
 
 
 def balanced_weight(weight_NK: Tensor, input_format: InputFormat) -> Tensor:
