@@ -20,10 +20,10 @@ from arsp.kernels import build, cuda, ops, reference
 from arsp.kernels.layouts import TILE, pack_w4_cpu, pack_w8_cpu
 
 __all__ = [
-    "BACKENDS", "GROUP_SIZES", "MAX_ROWS", "OPS", "TILE", "apply_rope", "backends", "cached_attention", "flow_map", "fuses_noise", "gelu_quantize",
-    "integrates_flow", "keyed_argmax", "modulate_quantize", "pack_w4_cpu", "pack_w8_cpu", "quantize_per_token", "rms_norm", "rms_norm_quantize",
-    "set_backend", "skips_windows", "small_linear", "swiglu_quantize", "verify", "w4a8_linear", "w8a8_linear",
-    "windowed_scale_attention",
+    "BACKENDS", "GROUP_SIZES", "MAX_ROWS", "OPS", "TILE", "apply_rope", "backends", "cached_attention", "flow_map", "fuses_noise",
+    "gelu_quantize", "integrates_flow", "keyed_argmax", "modulate_quantize", "pack_w4_cpu", "pack_w8_cpu", "quantize_per_token",
+    "rms_norm", "rms_norm_quantize", "set_backend", "skips_windows", "small_linear", "swiglu_quantize", "verify", "w4a8_linear",
+    "w8a8_linear", "windowed_scale_attention",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")

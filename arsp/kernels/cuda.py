@@ -77,6 +77,8 @@ class CudaOps:
         function = getattr(self.library, f"arsp_{name}")
         if self.emulated:
             status = function(*values, None)
+        elif like.get_device() == torch.cuda.current_device():
+            status = function(*values, torch.cuda.current_stream().cuda_stream)
         else:
             with torch.cuda.device(like.device):
                 status = function(*values, torch.cuda.current_stream().cuda_stream)

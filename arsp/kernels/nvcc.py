@@ -25,6 +25,7 @@ ARCHITECTURES = ("80", "86", "89", "90a")  # with machine code of their own; new
 PTX = "90"
 FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 LEAST_VERSION = (12, 4)
+RESOURCES = ("registers", "shared", "stack", "spill_stores", "spill_loads")  # of a kernel; all but the first in bytes
 COMPILE_SECONDS = 900  # for one file and all architectures
 
 
@@ -106,3 +107,30 @@ def _run(command: list[str]) -> str:
         lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines() or ["no message"]
         raise ResourceError(f"compiling the CUDA kernels failed (nvcc exit {done.returncode}): {lines[0].strip()[:300]}")
     return done.stderr
+
+
+def resources(text: str) -> list[dict[str, str | int]]:
+    """What ``-Xptxas -v`` says, one line a kernel and architecture: registers and bytes of static shared memory, stack and spills."""
+    found: list[dict[str, str | int]] = []
+    for line in text.splitlines():
+        if entry := re.search(r"Compiling entry function '(\S+)' for '(\w+)'", line):
+            found.append(
+                {"kernel": entry[1], "arch": entry[2], "registers": 0, "shared": 0, "stack": 0, "spill_stores": 0, "spill_loads": 0}
+            )
+        elif frame := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            found[-1] |= {"stack": int(frame[1]), "spill_stores": int(frame[2]), "spill_loads": int(frame[3])}
+        elif used := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            found[-1] |= {"registers": int(used[1]), "shared": int(shared[1]) if shared else 0}
+    for entry, name in zip(found, _readable([str(entry["kernel"]) for entry in found]), strict=True):
+        entry["kernel"] = name
+    return found
+
+
+def _readable(symbols: list[str]) -> list[str]:
+    """Names of kernels without namespaces and parameters, where c++filt is there; else the symbols."""
+    if shutil.which("c++filt") is None or not symbols:
+        return symbols
+    text = subprocess.run(["c++filt"], input="\n".join(symbols), capture_output=True, text=True, check=True).stdout
+    plain = [re.sub(r"\(anonymous namespace\)::|\((?:bool|int)\)|^void ", "", line) for line in text.splitlines()]
+    return [line.split("(")[0] for line in plain]
