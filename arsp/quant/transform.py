@@ -31,8 +31,9 @@ class Format:
     group_size: int = CHANNEL
 
     def fitting(self, layer: nn.Linear) -> Format:
-        """With the group size that the layer's inputs divide into; 8 bits have one scale an output."""
-        return Format(self.bits, CHANNEL if self.bits == 8 else fitting_group(layer.in_features, self.group_size))
+        """With the group size that the layer's inputs divide into; 8 bits, and a group of all inputs, have one scale an output."""
+        size = CHANNEL if self.bits == 8 else fitting_group(layer.in_features, self.group_size)
+        return Format(self.bits, CHANNEL if size == layer.in_features else size)
 
     def bytes(self, layer: nn.Linear) -> int:
         """Of the packed weight with its scales."""

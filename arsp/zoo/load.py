@@ -295,7 +295,7 @@ def build_module(source: ModelSource) -> nn.Module:
 
 def _fill(source: ModelSource, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
     """The module with these weights; of a quantised bundle with integer layers, or rounding simulated."""
-    from arsp.quant import install, store
+    from arsp.quant import store
 
     where = f"{source.name} ({source.path})"
     with torch.device("meta"):
@@ -306,7 +306,7 @@ def _fill(source: ModelSource, weights: dict[str, torch.Tensor], dtype: torch.dt
     module.to_empty(device="cpu")
     bundle.load_into(module, {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}, where)
     if store.is_simulated(block):
-        install.simulate(module, **block["arsp"]["simulated"])
+        store.simulate_from(module, block, where)
     return module.to(dtype)
 
 

@@ -8,7 +8,7 @@ from arsp.decode.ar import ARGenerator
 from arsp.errors import ConfigError, InputError, NumericalError
 from arsp.protocols import Request
 from arsp.quant.balance import ChannelRange
-from arsp.quant.calibrate import Samples, image_samples, observe, own_samples, position_groups
+from arsp.quant.calibrate import Samples, image_samples, observe, own_samples
 from arsp.quant.install import linear_layers, sites
 from arsp.quant.transform import choose_layers
 from arsp.testing.tolerance import assert_close
@@ -121,43 +121,39 @@ def test_the_condition_decides_no_range(models, monkeypatch):
     assert torch.equal(before.moments.gram_KK, after.moments.gram_KK) and torch.equal(before.largest_K(), after.largest_K())
 
 
+def expected_of(rows):
+    """Range and peak by hand of the rows of one step, batch by batch."""
+    seen = ChannelRange()
+    for x_RnK in rows:
+        seen.update(x_RnK)
+    return seen.range_K, torch.stack([x_RnK.abs().amax((0, 1)) for x_RnK in rows]).amax(0)
+
+
 def test_ranges_of_a_raster_are_moving_averages_over_the_batches(models):
     samples = tiny_quant.samples(models["llamagen"], num=6)
-    expected = ChannelRange()
-    for x_RnK in inputs_of(samples, LAYER["llamagen"]):
-        expected.update(x_RnK[:, 1:])
-    found = observe(samples, {SITE["llamagen"]: [LAYER["llamagen"]]}, num_ranges=3)[SITE["llamagen"]]
-    assert len(found.ranges) == 1 and torch.equal(found.largest_K(), expected.range_K)
+    range_K, peak_K = expected_of([x_RnK[:, 1:] for x_RnK in inputs_of(samples, LAYER["llamagen"])])
+    found = observe(samples, {SITE["llamagen"]: [LAYER["llamagen"]]})[SITE["llamagen"]]
+    assert len(found.ranges) == 1 and torch.equal(found.largest_K(), range_K)
+    assert torch.equal(found.peaks_SK, peak_K[None])
 
 
-def test_scales_of_a_next_scale_model_are_looked_at_in_groups(models):
-    model = models["var"]
-    assert position_groups(model, 1) == [slice(0, 21)]
-    assert position_groups(model, 2) == [slice(0, 5), slice(5, 21)]
-    assert position_groups(model, 3) == position_groups(model, 9) == [slice(0, 1), slice(1, 5), slice(5, 21)]
-    assert position_groups(models["llamagen"], 3) == [slice(0, 16)]
-    samples = tiny_quant.samples(model)
+@pytest.mark.parametrize("kind", ["var", "var-student"])
+def test_scales_of_a_next_scale_model_are_looked_at_apart(models, kind):
+    """A teacher runs one scale a pass, a student all of them behind the class."""
+    samples = tiny_quant.samples(models[kind])
     passes = inputs_of(samples, LAYER["var"])
-    assert [x_RnK.shape[1] for x_RnK in passes] == [1, 4, 16, 1, 4, 16]
-    expected = [ChannelRange(), ChannelRange()]
-    for x_RnK in passes:
-        expected[x_RnK.shape[1] == 16].update(x_RnK)
-    found = observe(samples, {SITE["var"]: [LAYER["var"]]}, num_ranges=2)[SITE["var"]]
-    for seen, wanted in zip(found.ranges, expected, strict=True):
-        assert torch.equal(seen.range_K, wanted.range_K)
-    assert torch.equal(found.largest_K(), torch.maximum(*(wanted.range_K for wanted in expected)))
-
-
-def test_a_student_of_a_next_scale_model_sees_all_scales_in_one_pass(models):
-    samples = tiny_quant.samples(models["var-student"])
-    expected = [ChannelRange(), ChannelRange()]
-    for x_RnK in inputs_of(samples, LAYER["var"]):
-        assert x_RnK.shape[1] == 22
-        for seen, positions in zip(expected, (slice(1, 6), slice(6, 22)), strict=True):
-            seen.update(x_RnK[:, positions])
-    found = observe(samples, {SITE["var"]: [LAYER["var"]]}, num_ranges=2)[SITE["var"]]
-    for seen, wanted in zip(found.ranges, expected, strict=True):
-        assert torch.equal(seen.range_K, wanted.range_K)
+    if kind == "var":
+        assert [x_RnK.shape[1] for x_RnK in passes] == [1, 4, 16, 1, 4, 16]
+        steps = [[x_RnK for x_RnK in passes if x_RnK.shape[1] == length] for length in (1, 4, 16)]
+    else:
+        assert [x_RnK.shape[1] for x_RnK in passes] == [22, 22]
+        steps = [[x_RnK[:, part] for x_RnK in passes] for part in (slice(1, 2), slice(2, 6), slice(6, 22))]
+    found = observe(samples, {SITE["var"]: [LAYER["var"]]})[SITE["var"]]
+    wanted = [expected_of(rows) for rows in steps]
+    for seen, (range_K, _) in zip(found.ranges, wanted, strict=True):
+        assert torch.equal(seen.range_K, range_K)
+    assert torch.equal(found.peaks_SK, torch.stack([peak_K for _, peak_K in wanted]))
+    assert torch.equal(found.largest_K(), torch.stack([range_K for range_K, _ in wanted]).amax(0))
 
 
 @pytest.mark.parametrize("kind", tiny_quant.KINDS)
@@ -166,7 +162,7 @@ def test_every_layer_of_a_model_can_be_looked_at(models, kind):
     model = models[kind]
     formats = choose_layers(model.module, tiny_quant.recipe("vidit-q", layers={"keep": []}))
     assert formats.keys() == linear_layers(model.module).keys()
-    found = observe(tiny_quant.samples(model), sites(model.module, formats), num_ranges=3)
+    found = observe(tiny_quant.samples(model), sites(model.module, formats))
     assert found.keys() == sites(model.module, formats).keys()
     for site, seen in found.items():
         assert seen.moments.num_rows > 0 and bool(seen.largest_K().isfinite().all()), site
