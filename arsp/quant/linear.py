@@ -117,28 +117,28 @@ class QuantLinear(nn.Module):
         self.register_buffer("sums_N", sums_N, persistent=False)
 
     def forward(self, x: Tensor | QuantisedRows, gelu: bool = False, outputs: slice | None = None, bias: Tensor | None = None) -> Tensor:
-        """As :class:`arsp.models.attention.Linear`; ``outputs`` start at a multiple of 16."""
-        y = self._product(x, slice(0, self.out_features), self.bias) if outputs is None else self._product(x, outputs, bias)
+        """As :class:`arsp.models.attention.Linear`."""
+        x = x if isinstance(x, QuantisedRows) else self.quantise(x)
+        if outputs is None:
+            y = self._product(x, (self.codes, self.scales_NG, self.zeros_NG, self.sums_N), self.bias)
+        else:
+            first = outputs.start // kernels.TILE * kernels.TILE  # rows of a tile are not parted
+            part, tiles = slice(first, outputs.stop), slice(first // kernels.TILE, -(-outputs.stop // kernels.TILE))
+            rows = (None if tensor is None else tensor[part] for tensor in (self.scales_NG, self.zeros_NG, self.sums_N))
+            bias = bias if bias is None or first == outputs.start else F.pad(bias, (outputs.start - first, 0))
+            y = self._product(x, (self.codes[tiles], *rows), bias)[..., outputs.start - first :]
         return F.gelu(y, approximate="tanh") if gelu else y
 
     def quantise(self, x: Tensor) -> QuantisedRows:
         return self.input_format.quantise(x, self.clock)
 
-    def _product(self, x: Tensor | QuantisedRows, rows: slice, bias_N: Tensor | None) -> Tensor:
-        x = x if isinstance(x, QuantisedRows) else self.quantise(x)
-        codes = F.pad(x.codes, (0, self.padding)) if self.padding else x.codes
-        tile = kernels.TILE
-        if rows.start % tile:  # rows of a tile are not to be parted
-            return self._product(x, slice(rows.start // tile * tile, rows.stop), None)[..., rows.start % tile :] + (
-                0 if bias_N is None else bias_N
-            )
-        weight = self.codes[rows.start // tile : -(-rows.stop // tile)]
-        sums_N = None if self.sums_N is None else self.sums_N[rows]
-        more = (bias_N, self.dtype, x.offsets, sums_N)
+    def _product(self, x: QuantisedRows, weight: tuple[Tensor | None, ...], bias_N: Tensor | None) -> Tensor:
+        """With these codes, scales, zero points and sums of rows."""
+        codes, scales_NG, zeros_NG, sums_N = weight
+        xq = F.pad(x.codes, (0, self.padding)) if self.padding else x.codes
         if self.bits == 4:
-            group_size = self.group_size if self.group_size > 0 else CHANNEL
-            return kernels.w4a8_linear(codes, x.scales, weight, self.scales_NG[rows], self.zeros_NG[rows], group_size, *more)
-        return kernels.w8a8_linear(codes, x.scales, weight, self.scales_NG[rows, 0], *more)
+            return kernels.w4a8_linear(xq, x.scales, codes, scales_NG, zeros_NG, self.group_size, bias_N, self.dtype, x.offsets, sums_N)
+        return kernels.w8a8_linear(xq, x.scales, codes, scales_NG[:, 0], bias_N, self.dtype, x.offsets, sums_N)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Moves follow the model; a new precision is that of the results, codes and scales keep theirs."""
