@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from arsp.config import validate
-from arsp.errors import ConfigError, nearest
+from arsp.errors import ConfigError, InputError, nearest
 from arsp.models.var import GELU, Block
 from arsp.quant.balance import balance_scale, rotate, rotation_signs
 from arsp.quant.calibrate import InputStatistics
@@ -101,6 +101,9 @@ def quantise_layers(
     for site, names in sites(module, formats).items():
         layers = [module.get_submodule(name) for name in names]
         weights = [layer.weight.detach().float() for layer in layers]
+        for name, weight_NK in zip(names, weights, strict=True):
+            if not bool(weight_NK.isfinite().all()):
+                raise InputError(f"{name}: the weight contains NaN or infinity.", "Check the weights with `arsp models verify`.")
         seen = None if statistics is None else statistics[site]
         balanced = matches(names[0], recipe.balance.layers)
         scale_K, signs_K = None, None
@@ -141,7 +144,8 @@ def balanced_weight(weight_NK: Tensor, input_format: InputFormat) -> Tensor:
 def transformed_gram(gram_KK: Tensor, input_format: InputFormat) -> Tensor:
     """``X^T X`` of inputs in this format, from that of the given ones."""
     if input_format.smooth_K is not None:
-        gram_KK = gram_KK * torch.outer(input_format.smooth_K, input_format.smooth_K).double()
+        smooth_K = input_format.smooth_K.double()
+        gram_KK = gram_KK * torch.outer(smooth_K, smooth_K)
     if input_format.signs_K is not None:
         gram_KK = rotate(rotate(gram_KK, input_format.signs_K).mT, input_format.signs_K).mT
     return gram_KK
