@@ -123,7 +123,7 @@ def quantised_table(record: dict[str, Any]) -> Any:
     note = "simulated: rounded in floating point, nothing is smaller or faster" if record["cost"]["simulated"] else "packed integers"
     figures = [
         ("same most likely code", f"{100 * metrics['top1_agreement']:.2f} %"), ("KL to the base model", f"{metrics['kl']:.4g} nats"),
-        ("signal to noise of the logits", f"{metrics['sqnr_db']:.1f} dB"),
+        ("signal to noise of the logits", "no difference" if metrics["sqnr_db"] is None else f"{metrics['sqnr_db']:.1f} dB"),
         ("quantised layers, 16 bits to packed", f"{metrics['compression']:.2f}x"),
     ]  # fmt: skip
     return Group(

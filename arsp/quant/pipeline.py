@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from arsp.quant.install import QuantisedLayer, install, linear_layers, simulate,
 from arsp.quant.picture import sensitivity_figure
 from arsp.quant.quantiser import dequantise
 from arsp.quant.recipe import Recipe
-from arsp.quant.sensitivity import choices, costs, measure_sensitivity, mix
+from arsp.quant.sensitivity import check_budget, choices, costs, measure_sensitivity, mix
 from arsp.quant.transform import Format, balanced_weight, choose_layers, quantise_layers
 from arsp.report.plots import theme, to_png
 from arsp.runs import atomic_file, check_stop
@@ -82,21 +82,8 @@ def check(config: QuantizeConfig, source: ModelSource) -> dict[str, Format]:
     formats = choose_layers(module, config)
     if config.budget.size is not None and config.budget.of == "bytes":
         options = choices(module, formats, config.budget)
-        found, size = costs(module, options, config.budget)
-        least = sum(min(layer.values()) for layer in found.values())
-        if least > size * (1 + 1e-9):
-            unit = "x" if config.budget.size.strip().endswith("x") else " bytes"
-            raise ConfigError(
-                f"the budget {config.budget.size} cannot be met: the smallest feasible one is {_up(least)}{unit}.",
-                f"Give --budget {_up(least)}{unit if unit == 'x' else ''} or more, or allow smaller formats in budget.choices.",
-            )
+        check_budget(*costs(module, options, config.budget), config.budget)
     return formats
-
-
-def _up(value: float) -> str:
-    """A little above ``value``, in few digits."""
-    digits = 10 ** (3 - math.floor(math.log10(value)))
-    return f"{math.ceil(value * digits) / digits:g}"
 
 
 def run(
@@ -134,7 +121,7 @@ def run(
         judge = Judge(own_samples(model, guidance, pipeline, **rule))
         advance(1)
         agreement = judge(quantised)
-    lines = [_line(name, formats[name], model.module.get_submodule(name), layers.get(name), statistics) for name in formats]
+    lines = [_line(name, formats[name], model.module.get_submodule(name), layers.get(name)) for name in formats]
     return Quantised(export(config, model, formats, layers, kept, path / "bundle"), lines, _bytes(lines, config), agreement, picture)
 
 
@@ -171,10 +158,12 @@ def _mixed(
 ) -> tuple[dict[str, Format], Path]:
     """Formats under the budget, and the picture of what they were chosen from."""
     options = choices(samples.model.module, formats, config.budget)
+    found, size = costs(samples.model.module, options, config.budget)
+    check_budget(found, size, config.budget)
     judge = Judge(samples)
     with stage(len(options), "sensitivity of layers") as advance:
         scores = measure_sensitivity(judge, options, config, statistics, path / "sensitivity.json", advance)
-    chosen = mix(judge, options, scores, config, statistics, log)
+    chosen = mix(judge, options, scores, found, size, config, statistics, log)
     title = f"{samples.model.source.label}: {config.budget.of} within {config.budget.size}"
     picture = path / "sensitivity.png"
     with theme(), atomic_file(picture) as temporary:
@@ -182,11 +171,11 @@ def _mixed(
     return chosen, picture
 
 
-def _line(name: str, format_: Format, layer: nn.Linear, made: QuantisedLayer | None, statistics: InputStatistics | None) -> dict[str, Any]:
-    """A layer of the report: format, bytes, signal-to-noise ratio of the weight and, where inputs were seen, of the outputs."""
+def _line(name: str, format_: Format, layer: nn.Linear, made: QuantisedLayer | None) -> dict[str, Any]:
+    """A layer of the report: format, bytes, signal-to-noise ratio of the weight."""
     fp16 = 2 * layer.weight.numel()
     if made is None:
-        return {"layer": name, "format": f"{format_} simulated", "bytes": fp16, "fp16_bytes": fp16, "sqnr_db": None}
+        return {"layer": name, "format": f"W{format_.bits}A8 simulated", "bytes": fp16, "fp16_bytes": fp16, "sqnr_db": None}
     given = balanced_weight(layer.weight.detach(), made.input_format)
     error = (dequantise(made.weight) - given).double()
     noise = float(error.square().sum())
@@ -230,8 +219,3 @@ def export(
         parents=[{"model": source.name, "sha256": model.sha256}],
         **inherited,
     )
-
-
-def report(result: Quantised) -> dict[str, Any]:
-    """What a record keeps of a run."""
-    return {"layers": result.layers, "bytes": result.bytes, "agreement": asdict(result.agreement)}

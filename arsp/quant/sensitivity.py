@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from arsp.runs import check_stop, write_json
 
 FEED_FORWARD = ("*.feed_forward.*", "*.ffn.*")  # what MixDQ calls content
 RATIOS = (0.46, 1.36)  # of mean bits, content to quality: the range of the official sweep
+
+MOST_DB = 300.0  # of a layer that loses nothing
 
 Scores = dict[str, dict[str, dict[str, float]]]  # layer -> format -> score -> value
 
@@ -65,7 +68,7 @@ def measure_sensitivity(
                     found = judge(module)
                 finally:
                     module.set_submodule(name, own)
-                scores[name][key] = {"kl": found.kl_by_step, "sqnr": found.sqnr_db}
+                scores[name][key] = {"kl": found.kl_by_step, "sqnr": min(found.sqnr_db, MOST_DB)}
             write_json(file, scores)
         callback(1)
         check_stop()
@@ -85,6 +88,21 @@ def costs(
     if unit == "x":
         found = {name: {key: cost / whole for key, cost in formats.items()} for name, formats in found.items()}
     return found, size
+
+
+def check_budget(found: Mapping[str, Mapping[str, float]], size: float, config: BudgetConfig) -> None:
+    """ConfigError when every choice costs more than the budget, with the smallest one that can be met, written as it is given."""
+    least = sum(min(formats.values()) for formats in found.values())
+    if least <= size * (1 + 1e-9):
+        return
+    unit = parse_budget(config.size, config.of)[1]
+    factor, suffix = (1e-3, "KB") if unit == "bytes" else (1, unit)
+    digits = 10.0 ** (3 - math.floor(math.log10(least * factor)))
+    text = f"{math.ceil(least * factor * digits) / digits:.10g}{suffix}"
+    raise ConfigError(
+        f"the budget {config.size} cannot be met: the smallest feasible one is {text}.",
+        f"Give --budget {text} or more, or allow smaller formats in budget.choices.",
+    )
 
 
 def latencies(module: nn.Module, options: Mapping[str, Mapping[str, Format]], rows: int) -> tuple[dict[str, dict[str, float]], float]:
@@ -111,13 +129,15 @@ def mix(
     judge: Judge,
     options: Mapping[str, Mapping[str, Format]],
     scores: Scores,
+    found: Mapping[str, Mapping[str, float]],
+    size: float,
     recipe: Recipe,
     statistics: InputStatistics | None,
     callback: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Format]:
-    """The format of every layer under the recipe's budget. ConfigError when the budget cannot be met, with the smallest that can."""
+    """The format of every layer at costs ``found`` within ``size`` (:func:`costs`). ConfigError as of :func:`check_budget`."""
     module, config = judge.samples.model.module, recipe.budget
-    found, size = costs(module, options, config)
+    check_budget(found, size, config)
 
     def programme(names: list[str], score: str) -> dict[str, dict[str, Option]]:
         sign = -1 if score == "kl" else 1
@@ -129,7 +149,6 @@ def mix(
         chosen = allocate(programme(list(options), "kl" if config.score == "decoupled" else config.score), size)
         return {name: options[name][key] for name, key in chosen.items()}
 
-    allocate(programme(list(options), "kl"), size)  # refuses a budget that no split can meet
     weight = lambda names: sum(module.get_submodule(name).weight.numel() for name in names)  # noqa: E731
     candidates: list[tuple[float, dict[str, Format]]] = []
     for ratio in np.linspace(*RATIOS, config.sweep):
