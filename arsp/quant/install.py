@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from arsp.models.var import GELU
+from arsp.models.attention import DensePolicy
+from arsp.models.var import GELU, Block
 from arsp.quant import litevar
 from arsp.quant.linear import FUSED, InputFormat, QuantLinear, ScaleClock, SimulatedLinear
 from arsp.quant.quantiser import TENSOR, Grid, QuantisedWeight, dequantise, quantise_weight
@@ -78,12 +79,23 @@ def fuse(module: nn.Module) -> nn.Module:
 
 
 def simulate(module: nn.Module, bits: Mapping[str, int], kind: str) -> nn.Module:
-    """Round weights and inputs in floating point instead: ``litevar`` or ``tensor`` (one scale a tensor). Changes ``module``."""
+    """Round weights and inputs in floating point instead: ``litevar``, attention of a VAR included, or ``tensor`` (one scale a tensor).
+    Changes ``module``."""
     for name, layer_bits in bits.items():
         layer = module.get_submodule(name)
         weight_NK, activation = simulated_weight(layer.weight.detach().float(), layer_bits, kind), SIMULATED_INPUTS[kind]
         module.set_submodule(name, SimulatedLinear(weight_NK.to(layer.weight.dtype), layer.bias, activation))
+    if kind == "litevar":
+        for block in module.modules():
+            if isinstance(block, Block):
+                block.register_forward_pre_hook(_quantise_attention)
     return module
+
+
+def _quantise_attention(block: nn.Module, args: tuple) -> tuple:
+    """Dense attention only: windows have rules of their own."""
+    policy = litevar.QuantisedAttention() if type(args[4]) is DensePolicy else args[4]
+    return (*args[:4], policy, *args[5:])
 
 
 def simulated_weight(weight_NK: Tensor, bits: int, kind: str) -> Tensor:

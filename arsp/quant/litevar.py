@@ -7,7 +7,10 @@ is half to even.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from arsp.models.attention import AttentionContext, DensePolicy, by_scale, visible
 
 
 def fake_quantize(x: Tensor, bits: int, dim: int) -> Tensor:
@@ -40,3 +43,24 @@ def quantize_map(map_BHnT: Tensor, bits: int = 8) -> Tensor:
     if map_BHnT.shape[-1] == 1:
         return map_BHnT
     return (map_BHnT * 2**bits).round().clamp(0, 2**bits - 1) / 2**bits
+
+
+class QuantisedAttention(DensePolicy):
+    """Dense attention of a VAR with queries, keys, values and map in 8 bits, as the official model runs it in all its modes but one."""
+
+    simulated = True
+
+    def attend(self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, layer: int, ctx: AttentionContext) -> Tensor:
+        if ctx.scales is None:  # in training and of a student, with a mask over all scales at once
+            return super().attend(quantize_tokens(q_BHnD, 8), quantize_tokens(k_BHnD, 8), quantize_values(v_BHnD), layer, ctx)
+        k_BHTD, v_RHTD = visible(k_BHnD, v_BHnD, layer, ctx)
+        return by_scale(q_BHnD, k_BHTD, v_RHTD, ctx, lambda scale, q, k, v: quantized_attention(q, k, v, ctx.scale))
+
+
+def quantized_attention(q_BHnD: Tensor, k_BHTD: Tensor, v_RHTD: Tensor, scale: float | None) -> Tensor:
+    """Attention over all slots; where there are twice as many value rows as query rows, the halves of guidance share the map."""
+    if k_BHTD.shape[2] > 1:
+        q_BHnD, k_BHTD = quantize_tokens(q_BHnD, 8), quantize_tokens(k_BHTD, 8)
+    scale = q_BHnD.shape[-1] ** -0.5 if scale is None else scale
+    map_BHnT = quantize_map(torch.softmax(q_BHnD @ k_BHTD.mT * scale, -1))
+    return map_BHnT.repeat(len(v_RHTD) // len(map_BHnT), 1, 1, 1) @ quantize_values(v_RHTD)
