@@ -195,7 +195,6 @@ ARSP_DEVICE void rotate(Values<kPieces>& v, const Balance& by, int K, float* val
     butterflies(v[p], by.block);
   });
   if (by.block > kPiece) {
-    __syncthreads();
     each_piece<kPieces>(K, [&](int p, int k, int) {
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) values[spread(k) + i] = v[p][i];

@@ -1,0 +1,271 @@
+"""Times every CUDA kernel beside its roofline and beside what torch offers: ``python benchmarks/gpu_kernels.py --out FILE.json``.
+
+A case is a CUDA graph of CALLS calls that cycle through copies of its data, more than any second-level cache together, so operands come
+from memory and launches cost what they cost inside a graph. Graphs of a case take turns; figures are medians over rounds, ratios medians
+of the ratios within a round. Exit codes: 0, 5 without a CUDA device, 7 if a group of cases failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from arsp import kernels
+from arsp.bench.timing import measure, speedup
+from arsp.distill.flow import stop_weights
+from arsp.errors import EXIT_GATE, EXIT_OK, EXIT_RESOURCE
+from arsp.kernels import reference
+from arsp.kernels.reference import window_mask
+from arsp.runs import environment, now, write_json
+
+CALLS = 24  # of a graph
+COLD_BYTES = 256 << 20  # operands of a graph together: several times the second-level cache of any device there is
+REPEATS = 11
+LAYERS = {  # (N, K) of layers whose weights are large enough to be worth a kernel of their own
+    "LlamaGen-XL w1": (3584, 1280), "LlamaGen-XL w1 and w3": (7168, 1280), "LlamaGen-3B w1 and w3": (17408, 3200),
+    "LlamaGen-3B w2": (3200, 8704), "VAR-d30 fc1": (7680, 1920),
+}  # fmt: skip
+LAYER_ROWS = (1, 2, 16, 64, 256, 2048)
+GROUP = 128
+PRODUCERS = ((2, 3200), (512, 1920), (4096, 1920))  # rows, columns
+SIDES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
+ATTENTION = [(pixels, batch, r) for pixels in (256, 512) for batch in (8, 32) for r in (1, 2)]  # both guidance halves: twice the rows
+HEADS, HEAD_DIM = 16, 64  # VAR-d16
+WINDOW, CODES, BATCHES = 16, 16384, (1, 8, 32)
+LAWS = {"plain": (1.0, 0, 1.0), "top-k 2000": (1.0, 2000, 1.0), "top-k 2000, top-p 0.95": (1.0, 2000, 0.95)}
+FLOWS = {"LlamaGen, batch 256": (256, 16384, 8, 8000), "VAR, 4096 rows": (4096, 4096, 32, 900)}  # rows, codes, width, top-k
+
+
+class Bench:
+    """Times calls on a device; on the CPU, where only tests use it, without graphs."""
+
+    def __init__(self, device: str, calls: int = CALLS, cold_bytes: int = COLD_BYTES, repeats: int = REPEATS):
+        self.device, self.calls, self.cold_bytes, self.repeats = device, calls, cold_bytes, repeats
+        self.copy_bytes_per_s = self._copy_bandwidth()
+
+    def _copy_bandwidth(self) -> float:
+        source = torch.zeros(self.cold_bytes, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        timing = measure({"copy": lambda: target.copy_(source)}, repeats=self.repeats, device=self.device, memory=False)["copy"]
+        return 2 * self.cold_bytes / (timing.median_ms / 1e3)
+
+    def copies(self, num_bytes: int, make: Callable[[], Any]) -> list[Any]:
+        """As many of ``make()`` as are cold together, at most one a call."""
+        return [make() for _ in range(min(self.calls, max(2, -(-self.cold_bytes // max(num_bytes, 1)))))]
+
+    def graph(self, call: Callable[[Any], Any], data: list[Any], captured: bool = True) -> Callable[[], Any]:
+        """A callable that makes all calls of a case, as a CUDA graph unless they cannot be captured."""
+
+        def all_calls() -> None:
+            for i in range(self.calls):
+                call(data[i % len(data)])
+
+        if self.device == "cpu" or not captured:
+            return all_calls
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            call(data[0])
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            all_calls()
+        return graph.replay
+
+    def line(self, op: str, case: str, num_bytes: int, work: dict[str, Callable[[], Any]], **more: Any) -> dict[str, Any]:
+        """One line: microseconds of the first of ``work``, the bytes it has to move and its share of the copy bandwidth, and how many
+        times as long the fastest of the others takes."""
+        ours, *others = work
+        timings = measure(work, repeats=self.repeats, warmup=2, device=self.device, memory=False)
+        micros = {name: timing.median_ms * 1e3 / self.calls for name, timing in timings.items()}
+        roof_us = num_bytes / self.copy_bytes_per_s * 1e6
+        entry = {
+            "op": op,
+            "case": case,
+            "us": micros[ours],
+            "bytes": num_bytes,
+            "roof_us": roof_us,
+            "share": roof_us / micros[ours],
+            **more,
+        }
+        if others:
+            best = min(others, key=micros.__getitem__)
+            ratio = speedup(timings[ours], timings[best])
+            entry |= {"others_us": {name: micros[name] for name in others}, "against": best}
+            entry |= {"ratio": ratio.value, "low": ratio.low, "high": ratio.high}
+        return entry
+
+
+def bench_linear(bench: Bench, layers: dict[str, tuple[int, int]] = LAYERS, rows: tuple[int, ...] = LAYER_ROWS) -> Iterator[dict[str, Any]]:
+    """4- and 8-bit layers against torch's bfloat16 linear; bfloat16 out, the rows are 8-bit already."""
+    for name, (outputs, columns) in layers.items():
+        weights = {
+            bits: bench.copies(outputs * columns * bits // 8, partial(_weight, bench, outputs, columns, bits)) for bits in (4, 8, 16)
+        }
+        for num in rows:
+            yield from _layer(bench, name, outputs, columns, num, weights)
+
+
+def _weight(bench: Bench, outputs: int, columns: int, bits: int) -> tuple[torch.Tensor, ...]:
+    """A weight as the layer of these bits takes it."""
+    tiles, groups, on = -(-outputs // kernels.TILE), columns // GROUP, {"device": bench.device}
+    if bits == 16:
+        return (torch.randn(outputs, columns, dtype=torch.bfloat16, **on),)
+    packed = torch.randint(0, 256, (tiles, -(-columns * bits // 32), 4 * kernels.TILE), dtype=torch.uint8, **on)
+    if bits == 8:
+        return packed, torch.rand(outputs, **on)
+    return packed, torch.rand(groups, outputs, **on).mT, torch.randint(0, 16, (groups, outputs), dtype=torch.uint8, **on).mT
+
+
+def _layer(
+    bench: Bench, name: str, outputs: int, columns: int, num: int, weights: dict[int, list[tuple[torch.Tensor, ...]]]
+) -> Iterator[dict[str, Any]]:
+    x = torch.randn(num, columns, device=bench.device, dtype=torch.bfloat16)
+    rows = kernels.quantize_per_token(x)
+    work = {
+        4: bench.graph(lambda w: kernels.w4a8_linear(*rows, *w, GROUP, dtype=torch.bfloat16), weights[4]),
+        8: bench.graph(lambda w: kernels.w8a8_linear(*rows, *w, dtype=torch.bfloat16), weights[8]),
+        16: bench.graph(lambda w: F.linear(x, *w), weights[16]),
+    }
+    for bits, scales in ((4, 5 * outputs * columns // GROUP), (8, 4 * outputs)):
+        moved = outputs * columns * bits // 8 + scales + num * (columns + 2 * outputs)
+        taking_turns = {"kernel": work[bits], "bfloat16": work[16]}
+        yield bench.line(f"w{bits}a8_linear", f"{name}, {num} rows", moved, taking_turns, operations=2 * num * outputs * columns)
+
+
+def bench_producers(bench: Bench, shapes: tuple[tuple[int, int], ...] = PRODUCERS) -> Iterator[dict[str, Any]]:
+    """Rows to 8 bits with what precedes them fused, against the same in torch."""
+    for num, columns in shapes:
+        yield from _producers(bench, num, columns)
+
+
+def _producers(bench: Bench, num: int, columns: int) -> Iterator[dict[str, Any]]:
+    def make() -> torch.Tensor:
+        return torch.randn(num, columns, device=bench.device, dtype=torch.bfloat16)
+
+    size, weight, row = num * columns, make()[0], make()[:1, None]
+    signs = torch.ones(columns, dtype=torch.int8, device=bench.device)
+    one, two = bench.copies(2 * size, make), bench.copies(4 * size, lambda: (make(), make()))
+    calls: dict[str, Callable[[Any, Any], Any]] = {
+        "quantize_per_token": lambda module, x: module.quantize_per_token(x),
+        "quantize_per_token, rotated": lambda module, x: module.quantize_per_token(x, None, signs),
+        "rms_norm_quantize": lambda module, x: module.rms_norm_quantize(x, weight, 1e-5),
+        "modulate_quantize": lambda module, x: module.modulate_quantize(x[None], row, row, 1e-6),
+        "swiglu_quantize": lambda module, x: module.swiglu_quantize(*x),
+        "gelu_quantize": lambda module, x: module.gelu_quantize(x),
+    }
+    for op, call in calls.items():
+        data, read = (two, 4) if op == "swiglu_quantize" else (one, 2)
+        work = {name: bench.graph(partial(call, module), data) for name, module in (("kernel", kernels), ("torch", reference))}
+        yield bench.line(op, f"{num} x {columns}", size * (read + 1) + 4 * num, work)
+
+
+def bench_attention(bench: Bench, cases: list[tuple[int, int, int]] = ATTENTION) -> Iterator[dict[str, Any]]:
+    """Attention of the last scale with windows of radius r everywhere, both guidance halves, against the fastest dense one of torch."""
+    for pixels, batch, r in cases:
+        yield _attention(bench, pixels, batch, r)
+
+
+def _attention(bench: Bench, pixels: int, batch: int, r: int) -> dict[str, Any]:
+    def make(num: int) -> torch.Tensor:
+        return torch.randn(2 * batch, HEADS, num, HEAD_DIM, device=bench.device, dtype=torch.bfloat16)
+
+    sides = SIDES[pixels]
+    s, queries, total = len(sides) - 1, sides[-1] ** 2, sum(side * side for side in sides)
+    size = 2 * 2 * batch * HEADS * HEAD_DIM * 2 * (queries + total)
+    data = bench.copies(size, lambda: (make(queries) / 8, make(total), make(total)))
+    windows = torch.full((HEADS, s + 1), r, dtype=torch.int32, device=bench.device)
+    work = {"kernel": bench.graph(lambda x: kernels.windowed_scale_attention(*x, windows, sides, s), data)}
+    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+        try:
+            with sdpa_kernel(getattr(SDPBackend, name)):
+                dense = partial(F.scaled_dot_product_attention, scale=1.0)
+                work[name.lower()] = bench.graph(lambda x, dense=dense: dense(*x), data)
+        except RuntimeError:
+            continue  # this build of torch or this device has no such back end
+    kept = window_mask(windows[:1].cpu(), sides, s).float().mean().item()
+    return bench.line("windowed_scale_attention", f"{pixels} px, batch {batch}, r = {r}", size, work, kept=kept)
+
+
+def bench_verify(bench: Bench, batches: tuple[int, ...] = BATCHES, codes: int = CODES) -> Iterator[dict[str, Any]]:
+    """A window of 16 positions and one more of every row of a batch, against the reference in torch."""
+    for batch in batches:
+        yield from _verify(bench, batch, codes)
+
+
+def _verify(bench: Bench, batch: int, codes: int) -> Iterator[dict[str, Any]]:
+    rows = batch * (WINDOW + 1)
+    ids, case = torch.arange(rows, device=bench.device), f"{batch} x {WINDOW + 1} rows of {codes}"
+    drafts = ids % codes
+    data = bench.copies(4 * rows * codes, lambda: 2 * torch.randn(rows, codes, device=bench.device))
+    for name, law in LAWS.items():
+        call = lambda module, x, law=law: module.verify(x, drafts, *law, 0, ids, ids, 0)  # noqa: E731
+        work = {"kernel": bench.graph(partial(call, kernels), data)}
+        work["torch, no graph"] = bench.graph(partial(call, reference), data, captured=False)  # it copies numbers to the device
+        yield bench.line("verify", f"{case}, {name}", 4 * rows * codes + 52 * rows, work)
+    draw = bench.graph(lambda x: kernels.keyed_argmax(x, 0, ids, ids, 0), data)
+    yield bench.line("keyed_argmax", case, 4 * rows * codes + 24 * rows, {"kernel": draw})
+
+
+def bench_flow_map(bench: Bench, cases: dict[str, tuple[int, int, int, int]] = FLOWS) -> Iterator[dict[str, Any]]:
+    """The flow map of a whole batch with the default solver and early stop. The bytes are those of the laws, read once."""
+    for name, case in cases.items():
+        yield _flow_map(bench, name, *case)
+
+
+def _flow_map(bench: Bench, name: str, rows: int, codes: int, width: int, top_k: int) -> dict[str, Any]:
+    logits = 2 * torch.randn(rows, codes, device=bench.device)
+    logp = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf).log_softmax(1)
+    vectors = F.normalize(torch.randn(codes, width, device=bench.device), dim=1)
+    arguments = (logp, torch.randn(rows, width, device=bench.device), vectors, stop_weights(logp, 0.95), "2m", 64, 0.02)
+    evaluations = kernels.flow_map(*arguments)[3].mean().item()
+    work = {"kernel": bench.graph(lambda _: kernels.flow_map(*arguments), [None])}
+    return bench.line("flow_map", name, 4 * rows * codes, work, evaluations=evaluations)
+
+
+GROUPS = {
+    "linear": bench_linear, "producers": bench_producers, "attention": bench_attention, "verify": bench_verify, "flow_map": bench_flow_map,
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="file for the results")
+    parser.add_argument("--seconds", type=float, default=200, help="no group of cases begins later than this")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: gpu_kernels needs a CUDA device and torch sees none.", file=sys.stderr)
+        return EXIT_RESOURCE
+    kernels.set_backend("cuda")
+    started = time.monotonic()
+    result: dict[str, Any] = {"schema": 1, "started": now(), "environment": environment("cuda:0"), "lines": [], "failed": {}}
+    with torch.inference_mode():
+        bench = Bench("cuda")
+        result["copy_gb_per_s"] = bench.copy_bytes_per_s / 1e9
+        for name, group in GROUPS.items():
+            if time.monotonic() - started > options.seconds:
+                result["failed"][name] = "not run: out of time"
+                continue
+            try:
+                for line in group(bench):
+                    result["lines"].append(line)
+                    write_json(options.out, result)
+            except Exception as error:  # one group must not take the others with it; the reason is recorded and the exit code says so
+                result["failed"][name] = f"{type(error).__name__}: {error}"
+            torch.cuda.empty_cache()
+    write_json(options.out, result)
+    return EXIT_GATE if result["failed"] else EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
