@@ -28,6 +28,7 @@ using Bf16 = c10::BFloat16;
 
 constexpr int64_t kTile = 16;               // rows of a tile
 constexpr int64_t kPiece = 4 * kTile;       // bytes: 4 columns of 8-bit or 8 columns of 4-bit codes
+constexpr int64_t kAhead = 16 << 10;        // bytes from a load to its prefetch, where tiles are read one after another
 constexpr int64_t kThreadBytes = 32 << 10;  // least weight traffic, times the rows of x, that is worth a thread
 constexpr int64_t kThreadValues = 1 << 15;  // least values of x to add up that are worth a thread
 

@@ -16,6 +16,7 @@ constexpr int kRows = 4, kTiles = 1;
 #else
 constexpr int kRows = 2, kTiles = 1;
 #endif
+constexpr int kFew = 2;  // up to so many rows, tiles are read one after another: in a straight line through memory
 constexpr int kParts = kTile / ARSP_LANES;  // registers that hold a number for every row of a tile
 
 ARSP_TARGET inline ints load_ints(const void* p) { return *static_cast<const ints_unaligned*>(p); }
@@ -68,7 +69,8 @@ ARSP_TARGET inline void group_sums(const uint8_t* w, int64_t tile_bytes, const i
     ints piece[NT][kParts];
 #pragma GCC unroll 4
     for (int t = 0; t < NT; ++t) {
-      __builtin_prefetch(w + (NT + t) * tile_bytes, 0, 2);  // the same place in the next NT tiles, into the second-level cache
+      // into the second-level cache: what comes next, the same place in the next NT tiles
+      __builtin_prefetch(NT == 1 ? w + kAhead : w + (NT + t) * tile_bytes, 0, 2);
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) piece[t][p] = load_ints(w + t * tile_bytes + p * 4 * ARSP_LANES);
     }
@@ -104,6 +106,8 @@ ARSP_TARGET void block(const Layer& layer, int64_t m0, int64_t t0, Y* out) {
   vec total[MR][NT][kParts] = {};
   for (int64_t g = 0; g < groups; ++g) {
     ints inner[MR][NT][kParts];
+    for (int t = NT; t < 2 * NT; ++t) __builtin_prefetch(layer.scales + g * layer.scale_stride + (t0 + t) * kTile);
+    if (kBits == 4) __builtin_prefetch(layer.zeros + g * layer.zero_stride + (t0 + NT) * kTile);
     group_sums<kBits, MR, NT>(w + g * group_bytes, tile_bytes, x + g * size, layer.columns, size, inner);
 #pragma GCC unroll 4
     for (int t = 0; t < NT; ++t)
@@ -152,9 +156,11 @@ ARSP_TARGET void block(const Layer& layer, int64_t m0, int64_t t0, Y* out) {
 template <int kBits, int MR, typename Y>
 ARSP_TARGET void rows(const Layer& layer, int64_t m, int64_t begin, int64_t end, Y* out) {
   int64_t t = begin;
-  for (; t + kTiles <= end; t += kTiles) block<kBits, MR, kTiles>(layer, m, t, out);
-  if constexpr (kTiles > 2)
-    if (t + 2 <= end) block<kBits, MR, 2>(layer, m, t, out), t += 2;
+  if constexpr (MR > kFew) {
+    for (; t + kTiles <= end; t += kTiles) block<kBits, MR, kTiles>(layer, m, t, out);
+    if constexpr (kTiles > 2)
+      if (t + 2 <= end) block<kBits, MR, 2>(layer, m, t, out), t += 2;
+  }
   for (; t < end; ++t) block<kBits, MR, 1>(layer, m, t, out);
 }
 
