@@ -22,6 +22,7 @@ from arsp.distill.dd1 import DD1Config, DD1Task
 from arsp.distill.flow import FlowSettings
 from arsp.distill.trajectories import Trajectories, TrajectoryRule, generate_shards, load_shards
 from arsp.errors import ConfigError, InputError
+from arsp.quant.linear import QuantLinear
 from arsp.train.loop import OptimConfig, fit
 from arsp.zoo.bundle import save_bundle
 from arsp.zoo.load import LoadedModel, ModelSource, tokenizer_entry
@@ -171,6 +172,9 @@ def make_task(
     generator = torch.Generator().manual_seed(config.optim.seed)
     torch.manual_seed(config.optim.seed)
     student = teacher.source.family.build_student(teacher.source.config, book.shape[1]).float()
+    for name, layer in [*teacher.module.named_modules()]:
+        if isinstance(layer, QuantLinear):  # a student starts from weights, of whatever precision its teacher drew with
+            teacher.module.set_submodule(name, layer.floating())
     student.init_from_teacher(teacher.module.float().cpu(), book.cpu(), generator)  # its work on the device is done
     task = DD1Task(
         student,

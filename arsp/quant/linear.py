@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arsp import kernels
-from arsp.models.attention import linear
+from arsp.kernels.layouts import unpack_w4_cpu, unpack_w8_cpu
+from arsp.models.attention import Linear, linear
 from arsp.models.llamagen import RMSNorm, SwiGLU
 from arsp.models.var import GELU, Modulate
+from arsp.quant.balance import hadamard, rotation_block
 from arsp.quant.pack import pack_int4
 from arsp.quant.quantiser import CHANNEL, GELU_SHIFT, QuantisedWeight, dequantise, quantise_shifted
 
@@ -139,6 +141,18 @@ class QuantLinear(nn.Module):
         if self.bits == 4:
             return kernels.w4a8_linear(xq, x.scales, codes, scales_NG, zeros_NG, self.group_size, bias_N, self.dtype, x.offsets, sums_N)
         return kernels.w8a8_linear(xq, x.scales, codes, scales_NG[:, 0], bias_N, self.dtype, x.offsets, sums_N)
+
+    def floating(self) -> Linear:
+        """The layer of float32 weights that the integers stand for, on inputs as they are."""
+        N, K = self.out_features, self.in_features
+        unpacked = unpack_w4_cpu(self.codes, N) if self.bits == 4 else unpack_w8_cpu(self.codes, N, K)
+        weight = QuantisedWeight(unpacked[:, :K], self.scales_NG, self.zeros_NG, self.bits, self.group_size)
+        w_NK, form = dequantise(weight).double(), self.input_format
+        w_NK = w_NK if form.signs_K is None else hadamard(w_NK, rotation_block(K)) * form.signs_K
+        w_NK = w_NK if form.smooth_K is None else w_NK * form.smooth_K
+        layer = Linear(K, N, bias=self.bias is not None)
+        layer.load_state_dict({"weight": w_NK} if self.bias is None else {"weight": w_NK, "bias": self.bias})
+        return layer.to(self.codes.device).requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Moves follow the model; a new precision is that of the results, codes and scales keep theirs."""

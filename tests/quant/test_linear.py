@@ -238,3 +238,17 @@ def test_a_simulated_layer_rounds_both_sides_in_floating_point():
     assert_close(layer(x, outputs=slice(8, 24), bias=bias_N[8:24]), expected[..., 8:24], abs_tol=1e-4, what="some outputs")
     assert_close(layer(x, gelu=True), F.gelu(expected, approximate="tanh"), abs_tol=1e-4, what="GELU")
     assert not layer.weight.requires_grad and layer.weight.numel() == 40 * 64  # nothing is smaller
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits,group", FORMATS)
+@pytest.mark.parametrize("K", [64, 12])
+def test_the_floating_layer_that_integers_stand_for_takes_inputs_as_they_are(bits, group, kind, K):
+    layer, (weight, bias_N, _) = layer_of(bits, group if K == 64 else CHANNEL, kind, K=K)
+    floating = layer.floating()
+    x = normal(50, K, seed=2).clamp(min=-0.17)
+    assert tiny_quant.sqnr_db(floating(x), layer(x)) > 35  # 8-bit inputs are all that differs
+    assert torch.equal(floating.bias, bias_N) and not floating.weight.requires_grad
+    if kind in ("plain", "shifted"):
+        assert torch.equal(floating.weight, dequantise(weight))
+    assert layer_of(bits, CHANNEL, bias=False)[0].floating().bias is None
