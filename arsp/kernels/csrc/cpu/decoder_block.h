@@ -94,12 +94,15 @@ ARSP_TARGET void rotate_row(const T* x, const float* table, int64_t D, T* out) {
 
 // Scores of Q queries (rows of whole registers, zeros at the end) against the next ARSP_LANES / Q keys, at most the last one.
 template <int Q, typename T>
-ARSP_TARGET inline void score(const float* queries, int64_t width, const T* k, int64_t step, int64_t D, int64_t t, int64_t last, float* scores,
-                              int64_t stride) {
+ARSP_TARGET inline void score(const float* queries, int64_t width, const T* k, int64_t step, int64_t next, int64_t D, int64_t t, int64_t last,
+                              float* scores, int64_t stride) {
   constexpr int kKeys = ARSP_LANES / Q;
   const T* key[kKeys];
 #pragma GCC unroll 16
-  for (int j = 0; j < kKeys; ++j) key[j] = k + std::min(t + j, last) * step;
+  for (int j = 0; j < kKeys; ++j) {
+    key[j] = k + std::min(t + j, last) * step;
+    for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(key[j] + next + d, 0, 2);  // the same key of the next head
+  }
   vec sums[ARSP_LANES] = {};
   int64_t d = 0;
   for (; d + ARSP_LANES <= D; d += ARSP_LANES) {
@@ -125,11 +128,12 @@ ARSP_TARGET inline void score(const float* queries, int64_t width, const T* k, i
 
 // The values of all keys times the weights of Q queries, W registers from component d on.
 template <int Q, int W, typename T>
-ARSP_TARGET inline void weigh(const float* weights, int64_t stride, const T* v, int64_t step, int64_t num, const float* scale, T* out,
-                              int64_t out_step) {
+ARSP_TARGET inline void weigh(const float* weights, int64_t stride, const T* v, int64_t step, int64_t next, int64_t num, const float* scale,
+                              T* out, int64_t out_step) {
   vec sum[Q][W] = {};
   for (int64_t t = 0; t < num; ++t, v += step) {
     vec value[W];
+    for (int w = 0; w < W; w += std::max<int>(1, 64 / sizeof(T) / ARSP_LANES)) __builtin_prefetch(v + next + w * ARSP_LANES, 0, 2);
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) value[w] = load(v + w * ARSP_LANES);
 #pragma GCC unroll 4
@@ -154,7 +158,7 @@ ARSP_TARGET void attend(const Attention<T>& task, int64_t row, int64_t head, int
     const T* q = task.q.at(row, head, first + i);
     for (int64_t d = 0; d < width; ++d) queries[i * width + d] = d < D ? static_cast<float>(q[d]) * task.scale : 0;
   }
-  for (int64_t t = 0; t < num; t += ARSP_LANES / Q) score<Q>(queries, width, k, task.k_cache.step, D, t, num - 1, scores, stride);
+  for (int64_t t = 0; t < num; t += ARSP_LANES / Q) score<Q>(queries, width, k, task.k_cache.step, task.k_cache.head, D, t, num - 1, scores, stride);
   for (int i = 0; i < Q; ++i) {
     float* own = scores + i * stride;
     const int64_t seen = task.mask == nullptr ? task.start + first + i + 1 : num;
@@ -176,9 +180,9 @@ ARSP_TARGET void attend(const Attention<T>& task, int64_t row, int64_t head, int
   T* out = task.out.at(row, head, first);
   int64_t d = 0;
   for (; d + 4 * ARSP_LANES <= task.Dv; d += 4 * ARSP_LANES)
-    weigh<Q, 4>(scores, stride, v + d, task.v_cache.step, num, scale, out + d, task.out.step);
+    weigh<Q, 4>(scores, stride, v + d, task.v_cache.step, task.v_cache.head, num, scale, out + d, task.out.step);
   for (; d + ARSP_LANES <= task.Dv; d += ARSP_LANES)
-    weigh<Q, 1>(scores, stride, v + d, task.v_cache.step, num, scale, out + d, task.out.step);
+    weigh<Q, 1>(scores, stride, v + d, task.v_cache.step, task.v_cache.head, num, scale, out + d, task.out.step);
   for (; d < task.Dv; ++d) {
     for (int i = 0; i < Q; ++i) {
       float sum = 0;
