@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from arsp.cli.options import CommandContext, command, make_table
+from arsp.errors import UsageError
 
 if TYPE_CHECKING:
     from arsp.quant.pipeline import Quantised
@@ -56,6 +57,10 @@ def quantize(
     config = ctx.resolve(quant.QuantizeConfig, named, card=recipe_card(asked.recipe))
     source = resolve(config.model, tokenizer=config.tokenizer)
     formats = quant.check(config, source)
+    if group is not None and (config.simulate or config.budget.size is not None or all(f.bits == 8 for f in formats.values())):
+        raise UsageError(f"--group has no effect on recipe {config.recipe} here.", "With a budget, budget.choices has the group sizes.")
+    if not (config.needs_inputs or config.budget.size) and (num is not None or calib_source):
+        ctx.log(f"recipe {config.recipe} reads the weights alone: --num and --calib-source change nothing", "warning")
     rule = sampling_rule(source, StackConfig(model=config.model, cfg=config.cfg))
     ctx.plan({"layers": {name: str(format_) for name, format_ in formats.items()}, **config.model_dump(mode="json")})
     ctx.emit(*run_quantize(ctx, config, source, rule))
@@ -68,6 +73,7 @@ def run_quantize(ctx: CommandContext, config: Any, source: Any, rule: tuple[Any,
     from arsp.zoo.load import load_model
 
     device = ctx.setup_torch()
+    model = load_model(source, device)  # before anything is written: a bad file leaves nothing behind
 
     @contextmanager
     def stage(total: int, text: str) -> Any:
@@ -81,7 +87,6 @@ def run_quantize(ctx: CommandContext, config: Any, source: Any, rule: tuple[Any,
         runs.stop_signals(),
     ):
         if not run.finished:
-            model = load_model(source, device)
             if source.origin == "embedded":
                 ctx.log(f"{source.name}: embedded tiny model ({source.card['about']})")
             complete(run, config, source, quant.run(config, model, *rule, run.path, stage=stage, log=ctx.log))

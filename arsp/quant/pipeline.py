@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from arsp.data.images import load_images
+from arsp.data.images import image_files, load_images
 from arsp.decode.filters import LogitsPipeline
 from arsp.decode.guidance import Guidance, RampGuidance
-from arsp.errors import ConfigError
+from arsp.errors import ConfigError, NumericalError
 from arsp.quant import store
 from arsp.quant.agreement import Agreement, Judge
 from arsp.quant.calibrate import InputStatistics, Samples, image_samples, observe, own_samples
@@ -64,7 +64,8 @@ class Quantised:
 
 
 def check(config: QuantizeConfig, source: ModelSource) -> dict[str, Format]:
-    """The layers and their formats before any weight is read. ConfigError for what cannot be quantised, or is already."""
+    """The layers and their formats before any weight is read. ConfigError for what cannot be quantised, or is already; InputError
+    for a folder without images."""
     if source.kind not in ("teacher", "student"):
         raise ConfigError(f"{source.name} is of kind '{source.kind}': there is nothing to quantise.", "See: arsp models ls")
     if "quantization" in source.card:
@@ -77,6 +78,8 @@ def check(config: QuantizeConfig, source: ModelSource) -> dict[str, Format]:
         raise ConfigError("activations.scales static: one scale for every scale of a next-scale model.", "Use it with var, or dynamic.")
     if source.kind == "student" and config.calibration.source:
         raise ConfigError("a student is looked at on its own noise, not on images.", "Drop --calib-source.")
+    if config.calibration.source and not Path(config.calibration.source).is_file():
+        image_files(config.calibration.source)  # InputError without an image
     with torch.device("meta"):
         module = build_module(source)
     formats = choose_layers(module, config)
@@ -194,12 +197,16 @@ def _bytes(lines: list[dict[str, Any]], config: QuantizeConfig) -> dict[str, int
 def export(
     config: QuantizeConfig, model: LoadedModel, formats: dict[str, Format], layers: dict[str, QuantisedLayer], kept: list[str], path: Path
 ) -> Path:
-    """Write the bundle: integer layers as compressed-tensors has them, the rest in ``config.rest``."""
+    """Write the bundle: integer layers as compressed-tensors has them, the rest in ``config.rest``. NumericalError where a number of the
+    rest is too large for it."""
     source, dtype = model.source, getattr(torch, config.rest)
     weights = model.module.state_dict()
     for name in layers:
         weights = {key: value for key, value in weights.items() if key.rpartition(".")[0] != name}
     weights = {key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()}
+    for key, value in weights.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise NumericalError(f"{key} does not fit into {config.rest}.", "Store it in more range: rest=bfloat16")
     recipe = Recipe.model_validate({key: getattr(config, key) for key in Recipe.model_fields}).model_dump(mode="json")
     facts = {"recipe": {"name": config.recipe, **recipe}, "base": {"model": source.name, "sha256": model.sha256}}
     if config.simulate:
