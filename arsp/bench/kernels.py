@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from arsp import kernels
 from arsp.bench.timing import measure, speedup
 from arsp.kernels import reference
 from arsp.kernels.reference import window_mask
+from arsp.quant.balance import rotation_signs
 from arsp.rng import Purpose
 
 SHAPES = {"wqkv": (2304, 768), "wo": (768, 768), "w1": (2048, 768), "w2": (768, 2048), "output": (16384, 768)}  # (N, K) of GPT-B
@@ -30,13 +32,22 @@ QUANTISED_SHAPES = {  # (N, K)
 QUANTISED_ROWS = (1, 16)
 GROUP_SIZE = 128
 MAX_INT4_ROWS = 16  # torch's product of 4-bit weights is meant for few rows
-CALLS = 50  # of quantize_per_token in a timed region
+CALLS = 50  # of a small operator in a timed region
+HEADS, HEAD_DIM = 16, 64  # VAR-d16; heads of LlamaGen are as wide
+ROW_OPS: dict[str, Callable[[torch.Tensor], tuple[Any, ...]]] = {  # x (rows, width) -> arguments
+    "quantize_per_token": lambda x: (x,),
+    "rms_norm_quantize": lambda x: (x, x[0], 1e-5),
+    "modulate_quantize": lambda x: (x[None], x[:1, None], x[:1, None], 1e-6),
+    "swiglu_quantize": lambda x: (x, x),
+    "gelu_quantize": lambda x: (x,),
+    "rms_norm": lambda x: (x, x[0], 1e-5),
+    "apply_rope": lambda x: (x.view(len(x), 1, -1, HEAD_DIM), torch.ones(1, HEAD_DIM // 2, 2)),
+}
 STREAM_BYTES = 96 << 20  # copies of a weight that are cycled through: more than the last-level cache of most processors
 MAPS = {  # official sides of VAR by pixels
     256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
     512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
 }
-HEADS, HEAD_DIM = 16, 64  # VAR-d16
 WINDOWS = (1, 2, 3)
 WINDOW_ROWS, CODES = 17, 16384
 LAWS = {"plain": (1.0, 0, 1.0), "top-k 2000, top-p 0.95": (1.0, 2000, 0.95)}  # temperature, top_k, top_p
@@ -145,30 +156,54 @@ def _draw_line(
 
 
 @torch.inference_mode()
-def bench_quantize_per_token(
-    rows: list[int], dtype: torch.dtype, *, repeats: int = 9, progress: Callable[[int], None] | None = None
+def bench_rows(
+    op: str, rows: list[int], dtype: torch.dtype, *, repeats: int = 9, progress: Callable[[int], None] | None = None
 ) -> list[dict[str, Any]]:
-    """One line per (width, rows), against the same in torch."""
+    """One line per (width, rows) of an operator of ``ROW_OPS``, against the same in torch; ``quantize_per_token`` rotated too."""
     lines = []
     for columns in sorted({columns for _, columns in QUANTISED_SHAPES.values()}):
-        for num in rows:
+        forms = {"": ()} | ({", rotated": (None, rotation_signs(columns, 0))} if op == "quantize_per_token" else {})
+        for num, (form, more) in itertools.product(rows, forms.items()):
             x = torch.randn(num, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
-            work = {"kernel": lambda x=x: _many(kernels.quantize_per_token, x), "torch": lambda x=x: _many(reference.quantize_per_token, x)}
-            timings = measure(work, repeats=repeats, memory=False)
-            ratio = speedup(timings["kernel"], timings["torch"])
-            kernel_us, torch_us = (timings[name].median_ms * 1e3 / CALLS for name in ("kernel", "torch"))
-            lines.append({
-                "layer": f"width {columns}", "columns": columns, "rows": num, "kernel_us": kernel_us, "torch_us": torch_us,
-                "ratio": ratio.value, "low": ratio.low, "high": ratio.high,
-            })  # fmt: skip
-            if progress:
-                progress(1)
+            work = (partial(getattr(module, op), *ROW_OPS[op](x), *more) for module in (kernels, reference))
+            lines.append({"layer": f"width {columns}{form}", "columns": columns, "rows": num, **_against_torch(*work, repeats)})
+        if progress:
+            progress(len(rows))
     return lines
 
 
-def _many(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> None:
-    for _ in range(CALLS):
-        function(x)
+@torch.inference_mode()
+def bench_cached_attention(dtype: torch.dtype, *, repeats: int = 9, progress: Callable[[int], None] | None = None) -> list[dict[str, Any]]:
+    """One line per (model, slots): one token of two rows, with a cache of its own for every call, against torch."""
+    lines = []
+    for model, heads, slots in (("B", 12, 64), ("B", 12, 256), ("XL", 20, 576)):
+        q, k, v = (torch.randn(2, heads, 1, HEAD_DIM, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(3))
+        caches = [[torch.zeros(2, heads, slots, HEAD_DIM, dtype=dtype) for _ in range(2)] for _ in range(CALLS)]
+        work = (partial(_through, module.cached_attention, (q, k, v), caches, slots - 1) for module in (kernels, reference))
+        lines.append({"layer": f"{model}, {slots} slots", "heads": heads, "rows": 2, **_against_torch(*work, repeats, calls=1, each=CALLS)})
+        if progress:
+            progress(1)
+    return lines
+
+
+def _through(function: Callable[..., Any], x: tuple[torch.Tensor, ...], caches: list[list[torch.Tensor]], start: int) -> None:
+    for cache in caches:
+        function(*x, *cache, start)
+
+
+def _against_torch(
+    kernel: Callable[[], Any], plain: Callable[[], Any], repeats: int, calls: int = CALLS, each: int = 1
+) -> dict[str, float]:  # fmt: skip
+    """Microseconds of both and their ratio; a timed region makes ``calls`` calls of ``each`` operators."""
+    timings = measure({"kernel": partial(_many, kernel, calls), "torch": partial(_many, plain, calls)}, repeats=repeats, memory=False)
+    ratio = speedup(timings["kernel"], timings["torch"])
+    kernel_us, torch_us = (timings[name].median_ms * 1e3 / calls / each for name in ("kernel", "torch"))
+    return {"kernel_us": kernel_us, "torch_us": torch_us, "ratio": ratio.value, "low": ratio.low, "high": ratio.high}
+
+
+def _many(function: Callable[[], Any], calls: int) -> None:
+    for _ in range(calls):
+        function()
 
 
 @torch.inference_mode()

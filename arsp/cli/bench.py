@@ -252,8 +252,12 @@ def parts_table(parts: dict[str, list[dict[str, Any]]]) -> Any:
     return make_table("exclusive wall clock of a call, by part", columns, rows)
 
 
-LAYER_OPS = ("small_linear", "quantize_per_token", "w8a8_linear", "w4a8_linear")  # those that --rows is about
-KernelOp = Literal["small_linear", "windowed_scale_attention", "keyed_argmax", "verify", "quantize_per_token", "w8a8_linear", "w4a8_linear"]
+RowOp = Literal[
+    "quantize_per_token", "rms_norm_quantize", "modulate_quantize", "swiglu_quantize", "gelu_quantize", "rms_norm", "apply_rope"
+]  # fmt: skip
+LayerOp = Literal["small_linear", "w8a8_linear", "w4a8_linear", RowOp]  # those that --rows is about
+KernelOp = Literal[LayerOp, "windowed_scale_attention", "cached_attention", "keyed_argmax", "verify"]
+LAYER_OPS = get_args(LayerOp)
 
 
 class KernelBenchConfig(StrictModel):
@@ -276,6 +280,7 @@ class KernelBenchConfig(StrictModel):
         "arsp bench kernels --op small_linear --rows 2 --dtype bfloat16 --json",
         "arsp bench kernels --op windowed_scale_attention --fail-if 'ratio<1.5'",
         "arsp bench kernels --op w4a8_linear --dtype bfloat16 --rows 1",
+        "arsp bench kernels --op rms_norm_quantize --dtype bfloat16 --rows 2",
     ],
     shared=("dtype", "threads", "config", "out", "fail_if", "print_config"),
     schema=KernelBenchConfig,
@@ -285,8 +290,9 @@ def kernels(
     op: Annotated[
         Optional[str],
         typer.Option(
-            help="small_linear (layers of LlamaGen GPT-B), windowed_scale_attention (VAR-d16), keyed_argmax, verify (17 rows of "
-            "16384 codes), quantize_per_token, w8a8_linear, w4a8_linear (layers of LlamaGen-B and -XL, VAR-d16 and -d30) or all (default)"
+            help="small_linear (layers of LlamaGen GPT-B), windowed_scale_attention (VAR-d16), cached_attention (LlamaGen), keyed_argmax, "
+            "verify (17 rows of 16384 codes), w8a8_linear, w4a8_linear (layers of LlamaGen-B and -XL, VAR-d16 and -d30), or by the widths "
+            f"of these: {', '.join(get_args(RowOp))}; all (default)"
         ),
     ] = None,
     rows: Annotated[
@@ -337,7 +343,8 @@ def time_kernels(ctx: CommandContext, config: KernelBenchConfig) -> dict[str, li
         "windowed_scale_attention": (len(timed.MAPS), timed.bench_windowed_scale_attention),
         "keyed_argmax": (1, timed.bench_keyed_argmax),
         "verify": (len(timed.LAWS), timed.bench_verify),
-        "quantize_per_token": (len(widths) * len(few), partial(timed.bench_quantize_per_token, few)),
+        "cached_attention": (3, timed.bench_cached_attention),
+        **{name: (len(widths) * len(few), partial(timed.bench_rows, name, few)) for name in get_args(RowOp)},
         "w8a8_linear": (len(layers) * len(few), partial(timed.bench_quantised_linear, 8, few)),
         "w4a8_linear": (len(layers) * len(few), partial(timed.bench_quantised_linear, 4, few)),
     }

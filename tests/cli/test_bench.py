@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
@@ -122,16 +123,18 @@ def test_kernel_record_holds_a_ratio_for_every_shape_of_the_chosen_ops(tmp_path,
     monkeypatch.setenv("ARSP_RUNS", str(tmp_path))
     expected = {
         "small_linear": ["wo, 3 rows"],
-        "windowed_scale_attention": [f"d16 {px} px, window {r}, 2 rows" for px in (48, 64) for r in (1, 2, 3)],
-        "keyed_argmax": ["plain, 3 rows"],
-        "verify": ["plain, 3 rows", "top-k 2000, top-p 0.95, 3 rows"],
-        "quantize_per_token": ["width 128, 3 rows"],
         "w8a8_linear": ["proj, 3 rows"],
         "w4a8_linear": ["proj, 3 rows"],
+        "quantize_per_token": ["width 128, 3 rows", "width 128, rotated, 3 rows"],
+        **{name: ["width 128, 3 rows"] for name in get_args(cli.RowOp)[1:]},
+        "windowed_scale_attention": [f"d16 {px} px, window {r}, 2 rows" for px in (48, 64) for r in (1, 2, 3)],
+        "cached_attention": [f"{name} slots, 2 rows" for name in ("B, 64", "B, 256", "XL, 576")],
+        "keyed_argmax": ["plain, 3 rows"],
+        "verify": ["plain, 3 rows", "top-k 2000, top-p 0.95, 3 rows"],
     }
     kept = {}
     for op, names in (("all", list(expected)), *((name, [name]) for name in expected)):
-        rows = ["--rows", "3"] if {"small_linear", "quantize_per_token", "w8a8_linear", "w4a8_linear"} & set(names) else []
+        rows = ["--rows", "3"] if set(cli.LAYER_OPS) & set(names) else []
         done = CliRunner().invoke(app, ["bench", "kernels", "--op", op, *rows, "--threads", "1", "--json"])
         assert done.exit_code == 0, done.output
         metrics = json.loads(done.stdout)["metrics"]
