@@ -174,7 +174,7 @@ class RasterDecoder:
             state.uniform += n
         else:
             positions = (P + state.lengths_B[:, None] + offsets).repeat(2 if guided else 1, 1)
-            mask = _ragged_mask(state.caption_mask_RP, positions, int(positions.max()) + 1)
+            mask = ragged_mask(state.caption_mask_RP, positions, int(positions.max()) + 1)
             h = self._pass(state, h, positions_Rn=positions, mask=mask)
         state.lengths_B = state.lengths_B + n
         return self._guide(self.model.head(h), guided, tokens)
@@ -238,7 +238,8 @@ def _uniform_mask(caption_mask_RP: Tensor | None, rows: int, n: int, start: int,
     return torch.ones(n, start + n, dtype=torch.bool, device=device).tril(start)[None, None]
 
 
-def _ragged_mask(caption_mask_RP: Tensor | None, positions_Rn: Tensor, total: int) -> Tensor:
+def ragged_mask(caption_mask_RP: Tensor | None, positions_Rn: Tensor, total: int) -> Tensor:
+    """Boolean ``(R, 1, n, total)``: every query sees the slots up to its own, padded captions hidden."""
     slots = torch.arange(total, device=positions_Rn.device)
     mask = slots <= positions_Rn.unsqueeze(-1)
     if caption_mask_RP is not None:

@@ -1,0 +1,130 @@
+"""Passes with fixed tensors give the logits of the plain decoder: played on the CPU, captured on a GPU."""
+
+import pytest
+import torch
+
+from arsp.decode import graphed
+from arsp.decode.ar import sample_ar
+from arsp.decode.decoder import RasterDecoder
+from arsp.decode.filters import LogitsPipeline
+from arsp.decode.graphed import CudaGraph, GraphedDecoder
+from arsp.decode.guidance import Guidance
+from arsp.errors import ConfigError
+from arsp.models.llamagen import GPT, GPTConfig
+from arsp.protocols import Request
+from arsp.testing.tolerance import assert_close
+
+CONFIG = GPTConfig(dim=32, n_layer=2, n_head=2, vocab_size=40, block_size=16, num_classes=5, multiple_of=16)
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+class Played:
+    """What CudaGraph promises, on the CPU: fixed inputs, one result that the next call overwrites."""
+
+    made = 0
+
+    def __init__(self, work, inputs):
+        self.work, self.inputs, self.result = work, tuple(x.clone() for x in inputs), None
+        Played.made += 1
+
+    def __call__(self, *inputs):
+        for fixed, given in zip(self.inputs, inputs, strict=True):
+            fixed.copy_(given)
+        found = self.work(*self.inputs)
+        self.result = found if self.result is None else self.result.copy_(found)
+        return self.result
+
+
+def make(device, guidance, monkeypatch):
+    """Both decoders on a device, with rounds of 4 slots."""
+    monkeypatch.setattr(graphed, "SLOTS", 4)
+    Played.made = 0
+    torch.manual_seed(0)
+    model = GPT(CONFIG).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.to(device)
+    return RasterDecoder(model, guidance), GraphedDecoder(model, guidance, capture=Played if device == "cpu" else CudaGraph)
+
+
+def request(device, num=3):
+    return Request(torch.arange(num, device=device), 5, labels_B=torch.arange(num, device=device) % 5)
+
+
+def codes(device, num=3):
+    return torch.randint(40, (num, 16), generator=torch.Generator().manual_seed(1)).to(device)
+
+
+@DEVICES
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(2.0), Guidance(2.0, 3)], ids=str)
+def test_one_or_many_codes_a_pass_give_the_logits_of_the_plain_decoder(device, guidance, monkeypatch):
+    plain, ours = make(device, guidance, monkeypatch)
+    tokens = codes(device)
+    expected = plain.teacher_forced(request(device), tokens)
+    for widths in ([1] * 15, [4, 1, 7, 3]):
+        state, at = ours.start(request(device)), 0
+        parts = [ours.step(state, None)]
+        for width in widths:
+            parts.append(ours.step(state, tokens[:, at : at + width]))
+            at += width
+        assert_close(torch.cat(parts, 1), expected, abs_tol=2e-4, what=f"logits for widths {widths}")
+        assert state.lengths_B.tolist() == [15] * 3 and state.passes == 1 + len(widths)
+        del state
+
+
+@DEVICES
+def test_rows_at_different_lengths_and_rewinds(device, monkeypatch):
+    plain, ours = make(device, Guidance(2.0), monkeypatch)
+    tokens = codes(device)
+    expected = plain.teacher_forced(request(device), tokens)
+    state = ours.start(request(device))
+    ours.step(state, None)
+    ours.step(state, tokens[:, :9])
+    lengths = torch.tensor([2, 9, 5], device=device)
+    ours.rewind(state, lengths)
+    for _ in range(2):
+        at = state.lengths_B.tolist()
+        got = ours.step(state, torch.stack([tokens[b, n : n + 3] for b, n in enumerate(at)]))
+        for b, n in enumerate(at):
+            assert_close(got[b], expected[b, n + 1 : n + 4], abs_tol=2e-4, what=f"row {b} at length {n}")
+    kept = ours.select(state, torch.tensor([0], device=device))
+    assert_close(ours.step(kept, tokens[:1, 8:9]), expected[:1, 9:10], abs_tol=2e-4, what="a selected row, without graphs")
+
+
+@DEVICES
+def test_images_are_those_of_the_plain_decoder_and_graphs_are_kept(device, monkeypatch):
+    plain, ours = make(device, Guidance(2.0), monkeypatch)
+    pipeline = LogitsPipeline(top_k=20)
+    wanted = sample_ar(plain, request(device), pipeline=pipeline)
+    for _ in range(3):
+        found = sample_ar(ours, request(device), pipeline=pipeline)
+        assert torch.equal(found.codes_BL, wanted.codes_BL) and found.stats == wanted.stats
+    assert len(ours._graphs) == 4, "one for every 4 slots"
+    other = sample_ar(ours, request(device, 2), pipeline=pipeline)
+    assert torch.equal(other.codes_BL, wanted.codes_BL[:2]) and len(ours._graphs) == 4, "another batch has graphs of its own"
+
+
+@DEVICES
+def test_a_second_state_does_not_disturb_the_first(device, monkeypatch):
+    plain, ours = make(device, Guidance(2.0), monkeypatch)
+    tokens = codes(device)
+    expected = plain.teacher_forced(request(device), tokens)
+    first, second = ours.start(request(device)), ours.start(request(device))
+    assert first.cache is not second.cache
+    for state, fed in ((first, tokens), (second, tokens.flip(1))):
+        ours.step(state, None)
+        ours.step(state, fed[:, :5])
+    kept = ours.step(first, tokens[:, 5:6])
+    ours.step(first, tokens[:, 6:7])
+    assert_close(kept, expected[:, 6:7], abs_tol=2e-4, what="logits after the next pass")
+    del first, second, state
+    assert ours.start(request(device)).cache is ours._cache
+
+
+def test_graphs_need_a_gpu_and_a_raster_teacher():
+    from arsp import stack
+
+    with pytest.raises(ConfigError, match="CUDA graphs: the model is on cpu"):
+        stack.build(stack.StackConfig(model="llamagen", graphs=True))
+    with pytest.raises(ConfigError, match="no raster teacher"):
+        stack.check(stack.StackConfig(model="var", graphs=True))
