@@ -182,13 +182,13 @@ def find_subject(config: EvaluateConfig, ctx: CommandContext) -> Subject:
             ctx.log(f"no run with samples yet: evaluating the embedded teacher '{DEFAULT_MODEL}'")
             return _from_model(DEFAULT_MODEL, config)
         ctx.log(f"evaluating the newest run with samples, {record['run_dir']}")
-        return _from_record(record, Path(record["run_dir"]))
+        return _from_record(record, Path(record["run_dir"]), config)
     path = Path(target)
     if target == "-":
         record = read_record(target)
-        return _from_record(record, Path(record.get("run_dir") or "."))
+        return _from_record(record, Path(record.get("run_dir") or "."), config)
     if path.suffix == ".json" or (path / "run.json").is_file():
-        return _from_record(read_record(path), path if path.is_dir() else path.parent)
+        return _from_record(read_record(path), path if path.is_dir() else path.parent, config)
     if (path / "arsp.json").is_file() or path.suffix.lower() in WEIGHT_SUFFIXES:
         return _from_model(target, config)
     if path.exists():
@@ -224,12 +224,15 @@ def image_artifact(record: dict[str, Any]) -> dict[str, Any] | None:
     return found.get("image-dir") or found.get("npz")
 
 
-def _from_record(record: dict[str, Any], folder: Path) -> Subject:
+def _from_record(record: dict[str, Any], folder: Path, config: EvaluateConfig) -> Subject:
+    """The images of a run, or the model that it made."""
     if record.get("status") != "ok":
         raise InputError(
             f"The {record['command']} run in {folder} is not finished (status {record.get('status')}).", "Run its command again."
         )
     artifact = image_artifact(record)
+    if artifact is None and (folder / "bundle" / "arsp.json").is_file():
+        return _from_model(str(folder), config)
     if artifact is None:
         raise InputError(
             f"The {record['command']} record {record.get('id')} has no images.", "Evaluate the record of: arsp sample ... --json"

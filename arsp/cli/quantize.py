@@ -62,7 +62,7 @@ def quantize(
     if not (config.needs_inputs or config.budget.size) and (num is not None or calib_source):
         ctx.log(f"recipe {config.recipe} reads the weights alone: --num and --calib-source change nothing", "warning")
     rule = sampling_rule(source, StackConfig(model=config.model, cfg=config.cfg))
-    ctx.plan({"layers": {name: str(format_) for name, format_ in formats.items()}, **config.model_dump(mode="json")})
+    ctx.plan({"formats": {name: str(format_) for name, format_ in formats.items()}, **config.model_dump(mode="json")})
     ctx.emit(*run_quantize(ctx, config, source, rule))
 
 
