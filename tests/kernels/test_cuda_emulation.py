@@ -29,7 +29,7 @@ def examples(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", [0, 1])
 def test_a_missing_barrier_shows_in_one_order_of_the_threads_or_another(examples, order):
     wanted, found = (torch.arange(64) + 1) % 64, torch.full((64,), -7, dtype=torch.int32)
     assert examples("rotate", found, 1, order)[0] == 0 and torch.equal(found.long(), wanted)

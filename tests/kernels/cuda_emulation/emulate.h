@@ -134,16 +134,23 @@ inline bool run_block() {
     device.fibers[t].waits_for = nullptr;
     device.fibers[t].groups.assign(1, {});
   }
+  const int warps = device.threads / 32;
   for (int left = device.threads; left > 0;) {
     bool moved = false;
-    for (int i = 0; i < device.threads; ++i) {
-      const int t = device.order == 1 ? device.threads - 1 - i : device.order == 2 ? (i * 37 + 11) % device.threads : i;
-      Fiber& fiber = device.fibers[t];
-      if (fiber.done || (fiber.waits_for != nullptr && *fiber.waits_for == fiber.waits_while)) continue;
-      moved = true;
-      enter(t);
-      if (!device.error.empty()) return false;
-      left -= fiber.done;
+    for (int i = 0; i < warps; ++i) {
+      const int first = 32 * (device.order == 1 ? warps - 1 - i : i);
+      for (bool again = true; again;) {  // as far as a warp comes alone: others find what it has overwritten too early
+        again = false;
+        for (int j = 0; j < 32; ++j) {
+          const int t = first + (device.order == 1 ? 31 - j : j);
+          Fiber& fiber = device.fibers[t];
+          if (fiber.done || (fiber.waits_for != nullptr && *fiber.waits_for == fiber.waits_while)) continue;
+          moved = again = true;
+          enter(t);
+          if (!device.error.empty()) return false;
+          left -= fiber.done;
+        }
+      }
     }
     if (!moved) {
       device.error = "threads wait for others that never come: a barrier or warp instruction is not reached by all";
