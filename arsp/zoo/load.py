@@ -156,6 +156,8 @@ def load_model(
     source = resolve(name, tokenizer=tokenizer) if isinstance(name, str) else name
     if source.kind not in ("teacher", "student"):
         raise ConfigError(f"{source.name} is of kind '{source.kind}', it generates nothing.", "See: arsp models ls")
+    if random_weights and "quantization" in source.card:
+        raise ConfigError(f"{source.name} is quantised: random weights have no integers.", "Use its base model with --apply w4a8.")
     digest = None
     vq = _load_tokenizer(source, random_weights) if with_tokenizer else None
     if random_weights:

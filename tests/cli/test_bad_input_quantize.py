@@ -154,3 +154,7 @@ def test_recipes_are_not_applied_to_what_is_quantised(place):
 
 def test_an_official_loop_on_integers_is_refused(place):
     refused(invoke("bench", "q", "--baseline", "eager", "--num", 1), 3, "is quantised", "base model")
+
+
+def test_random_weights_of_a_quantised_model_mean_nothing(place):
+    refused(invoke("bench", "q", "--random-weights", "--num", 1), 3, "random weights have no integers")
