@@ -33,13 +33,20 @@ TESTS_S = 150  # at most, for all tests, compiling the kernels among them
 KERNELS_S = 120  # at most, for the timings of kernels
 EMULATED = sorted((ROOT / "tests" / "kernels").glob("test_cuda_*.py"))  # tests of kernels that need no device
 EAGER = ["--random-weights", "--baseline", "eager"]
-GPT_B, VAR = ["llamagen-b-256", *EAGER, "--dtype", "bfloat16"], ["var-d16", "var-d16,dtype=bfloat16,decoder_dtype=bfloat16", *EAGER]
+CODES_ONLY = ["--no-decode", "--batch-size"]
+GPT_B = ["llamagen-b-256", "llamagen-b-256,graphs=true", *EAGER, "--dtype", "bfloat16"]
+GPT_L = ["llamagen-l-256", "llamagen-l-256,graphs=true", *EAGER, "--dtype", "bfloat16"]
+VAR = ["var-d16", "var-d16,dtype=bfloat16,decoder_dtype=bfloat16", *EAGER]
 TIMINGS = {  # the official way of a VAR is in float32, and a VAR is timed to its images; the others make codes
-    "embedded AR, batch 1": ["llamagen", "--no-decode", "--batch-size", "1", "--repeats", "10"],
-    "embedded AR, batch 32": ["llamagen", "--no-decode", "--batch-size", "32", "--repeats", "10"],
-    "embedded AR and seeded, batch 1": ["llamagen", "llamagen,sampler=seeded", "--compare", "--no-decode", "--batch-size", "1"],
-    "LlamaGen-B 256, batch 1": [*GPT_B, "--no-decode", "--batch-size", "1"],
-    "LlamaGen-B 256, batch 32": [*GPT_B, "--no-decode", "--batch-size", "32"],
+    "LlamaGen-L 256, batch 1": [*GPT_L, *CODES_ONLY, "1", "--repeats", "3"],
+    "LlamaGen-3B 384, batch 1: bfloat16 and W4A8": [
+        "llamagen-3b-384,graphs=true", "llamagen-3b-384,graphs=true,apply=w4a8", "--compare", "--random-weights", "--dtype", "bfloat16",
+        *CODES_ONLY, "1", "--repeats", "3",
+    ],
+    "LlamaGen-B 256, batch 1": [*GPT_B, *CODES_ONLY, "1", "--repeats", "3"],
+    "LlamaGen-B 256, batch 32": [*GPT_B, *CODES_ONLY, "32", "--repeats", "3"],
+    "embedded AR, batch 1": ["llamagen", "llamagen,graphs=true", "--compare", *CODES_ONLY, "1", "--repeats", "10"],
+    "embedded AR and seeded, batch 1": ["llamagen", "llamagen,sampler=seeded", "--compare", *CODES_ONLY, "1"],
     "VAR-d16 256, batch 1": [*VAR, "--parts", "--batch-size", "1"],
     "VAR-d16 256, batch 16": [*VAR, "--batch-size", "16"],
     "CoDe VAR-d30:VAR-d16@8, batch 1": [

@@ -1,0 +1,35 @@
+"""Whole embedded models with every op on the emulated device: the same images as with the CPU kernels."""
+
+import pytest
+import torch
+from cuda_emulation import Target
+
+from arsp.kernels import cuda, ops
+from arsp.stack import StackConfig, build
+
+STACKS = [  # share of equal codes, and ops that must be reached; a code of 8 bits that rounds the other way can change a later draw
+    ({"model": "llamagen", "apply": "w4a8"}, 1.0, {"verify", "w4a8_linear", "rms_norm_quantize", "swiglu_quantize"}),
+    ({"model": "llamagen", "sampler": "seeded"}, 1.0, {"verify", "keyed_argmax"}),
+    ({"model": "var", "apply": "w4a8"}, 0.95, {"verify", "w4a8_linear", "w8a8_linear", "modulate_quantize", "quantize_per_token"}),
+]
+
+
+@pytest.mark.parametrize(("options", "share", "reached"), STACKS, ids=str)
+def test_images_of_an_embedded_model_are_those_of_the_cpu_kernels(options, share, reached, monkeypatch):
+    stack = build(StackConfig(**options))
+    request = stack.request(torch.arange(2), 7, torch.arange(2))
+    wanted = stack.generator.generate(request).codes_BL
+    target, used = Target(0), set()
+
+    def run(name):
+        def call(*arguments):
+            used.add(name)
+            return target(name, *arguments)
+
+        return call
+
+    for name in cuda.LAUNCHERS:
+        monkeypatch.setattr(ops, name, run(name))
+    equal = (stack.generator.generate(request).codes_BL == wanted).double().mean().item()
+    assert equal >= share, f"{equal:.3f} of the codes are those of the CPU"
+    assert reached <= used, f"only {used} ran"
