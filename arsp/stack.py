@@ -30,7 +30,7 @@ from arsp.decode.few_step import (
     step_counts,
 )
 from arsp.decode.filters import LogitsPipeline
-from arsp.decode.graphed import GraphedDecoder
+from arsp.decode.graphed import GraphedDecoder, GraphedScales
 from arsp.decode.guidance import Guidance, RampGuidance
 from arsp.decode.modes import MODES, Parts, VerifyConfig, build_mode, settle
 from arsp.decode.planner import WindowPlanner, measured
@@ -84,7 +84,7 @@ class StackConfig(StrictModel):
     )
     share: Literal["map"] | None = Field(None, description="guidance halves share the attention maps at every scale")
     more_smooth: bool = Field(False, description="Gumbel-smoothed vectors instead of codes (next-scale; pictures, never metrics)")
-    graphs: bool = Field(False, description="replay passes as CUDA graphs (raster teachers, --device cuda)")
+    graphs: bool = Field(False, description="replay the passes of a teacher as CUDA graphs (--device cuda)")
     image_size: int | None = Field(None, ge=1, description="bicubic resize of the decoder's output before uint8")
     decoder_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the tokenizer's decoder")
     decoder_channels_last: bool | None = Field(None, description="its memory layout (default: where it is faster)")
@@ -247,8 +247,9 @@ def check(config: StackConfig) -> ModelSource:
         "--student-steps": config.student_steps, "--split": config.split, "--teacher-range": config.teacher_range,
         "--compat-official-prefix": config.compat_official_prefix or None,
     }  # fmt: skip
-    if config.graphs and (not source.layout.is_raster or source.kind != "teacher"):
-        raise ConfigError(f"graphs: {source.name} is no raster teacher, its passes are not captured.", "Drop graphs=true.")
+    if config.graphs and (source.kind != "teacher" or config.more_smooth):
+        what = "vectors in place of codes are" if config.more_smooth else f"the passes of the student {source.name} are"
+        raise ConfigError(f"graphs: {what} not captured.", "Drop graphs=true.")
     wanted = next_scale_options(config)
     if wanted and (source.layout.is_raster or source.kind != "teacher"):
         raise ConfigError(f"{', '.join(wanted)}: needs a next-scale teacher, {source.name} is none.", "Use --model var.")
@@ -483,7 +484,8 @@ def build(
             steps = load_steps(rows, model, device, dtype, config.random_weights)
         decoder = model.decoder(guidance, steps or None)
         if config.graphs:
-            decoder = GraphedDecoder(decoder.model, guidance, decoder.policy)
+            raster = source.layout.is_raster
+            decoder = GraphedDecoder(decoder.model, guidance, decoder.policy) if raster else GraphedScales(decoder)
         if config.sampler in MODES:
             ar = _mode(config, model, decoder, pipeline, log)
         else:

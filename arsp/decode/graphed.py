@@ -1,21 +1,26 @@
-"""The raster decoder on a GPU without its launches: passes are captured once as CUDA graphs and replayed.
+"""Decoders on a GPU without their launches: passes are captured once as CUDA graphs and replayed.
 
-A graph needs the same memory every time. So the cache is made once a batch size and lent to one state after another, codes and lengths are
-copied into fixed tensors, and a pass sees a fixed number of slots, rounded up to ``SLOTS``, of which a mask hides what is not known yet.
-One graph for every (codes a row, slots, guided): plain sampling needs one for every SLOTS positions, a mode of the verify family one for
-every width of its window beside them. The condition itself, captions and passes over trees run without a graph.
+A graph needs the same memory every time, so what a state holds is made once a batch size and lent to one state after another.
+
+- Raster: codes and lengths are copied into fixed tensors, and a pass sees a fixed number of slots, rounded up to ``SLOTS``, of which a mask
+  hides what is not known yet. One graph for every (codes a row, slots, guided): plain sampling needs one for every SLOTS positions, a mode
+  of the verify family one for every width of its window beside them. The condition, captions and passes over trees run without a graph.
+- Next-scale: one graph a scale, from the codes of the scale before to the logits. The first image of a batch size runs as it always
+  does, and its passes are captured beside it.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from arsp.decode.decoder import RasterDecoder, RasterState, ragged_mask
 from arsp.decode.guidance import Guidance
+from arsp.decode.next_scale import NextScaleDecoder, ScaleState
 from arsp.errors import ConfigError
 from arsp.models.attention import AttentionContext, DensePolicy, KVCache
 from arsp.models.llamagen import GPT
@@ -24,17 +29,22 @@ from arsp.protocols import Request
 SLOTS = 64  # a pass reads the cache up to a multiple of this
 
 
+Capture = Callable[..., Callable[..., Tensor]]  # (work, inputs, warm) -> what replays it
+
+
 class CudaGraph:
     """``work(*inputs)``, captured; a call copies other inputs of the same shapes into place and replays it. The result is overwritten by
     the next call."""
 
-    def __init__(self, work: Callable[..., Tensor], inputs: tuple[Tensor, ...]):
+    def __init__(self, work: Callable[..., Tensor], inputs: tuple[Tensor, ...], warm: bool = False):
+        """``warm``: the same work has run before. Otherwise it runs once here, so that libraries are ready before the capture."""
         self.inputs = tuple(x.clone() for x in inputs)
-        warm = torch.cuda.Stream()
-        warm.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm):
-            work(*self.inputs)  # libraries and kernels are made ready outside the capture
-        torch.cuda.current_stream().wait_stream(warm)
+        if not warm:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                work(*self.inputs)
+            torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.result = work(*self.inputs)
@@ -54,11 +64,10 @@ class GraphedDecoder(RasterDecoder):
 
     def __init__(
         self, model: GPT, guidance: Guidance | None = None, policy: DensePolicy | None = None,
-        capture: Callable[[Callable[..., Tensor], tuple[Tensor, ...]], Callable[..., Tensor]] = CudaGraph,
+        capture: Capture = CudaGraph,
     ):  # fmt: skip
         super().__init__(model, guidance, policy)
-        if capture is CudaGraph and model.device.type != "cuda":
-            raise ConfigError(f"CUDA graphs: the model is on {model.device}.", "Use --device cuda, or drop graphs=true.")
+        _check_device(model.device, capture)
         self._capture = capture
         self._cache: KVCache | None = None
         self._holder: Callable[[], RasterState | None] = lambda: None
@@ -103,3 +112,64 @@ class GraphedDecoder(RasterDecoder):
         ctx = AttentionContext(total=total, mask=ragged_mask(None, positions_Rn, total), cache=self._cache, positions_Bn=positions_Rn)
         h = self.model.backbone(self._embed(codes_Bn, guided), rope, ctx, self.policy)
         return self._guide(self.model.head(h), guided, tokens_Bn + 1)
+
+
+class GraphedScales:
+    """A :class:`NextScaleDecoder` with replayed passes, the very same work in the same order. Whatever is not here is the plain decoder's.
+
+    Graphs serve states that are fed scale by scale. One state at a time works with them, as with :class:`GraphedDecoder`.
+    """
+
+    def __init__(self, decoder: NextScaleDecoder, capture: Capture = CudaGraph):
+        self.plain, self._capture = decoder, capture
+        _check_device(decoder.quantizer.embedding.weight.device, capture)
+        self._labels_B: Tensor | None = None
+        self._inner: ScaleState | None = None  # what the graphs work on
+        self._holder: Callable[[], ScaleState | None] = lambda: None
+        self._graphs: list[Callable[..., Tensor]] = []
+        self._counters: list[dict[str, int]] = []  # of a state behind every scale
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.plain, name)
+
+    @torch.inference_mode()
+    def start(self, request: Request, capacity: int | None = None) -> ScaleState:
+        state = self.plain.start(request, capacity)
+        if self._holder() is not None:
+            return state
+        if self._labels_B is None or len(self._labels_B) != state.batch_size or len(self._graphs) < len(self.plain.steps):
+            self._labels_B, self._graphs, self._counters = state.labels_B.clone(), [], []
+        self._labels_B.copy_(state.labels_B)
+        self._holder = weakref.ref(state)
+        return state
+
+    @torch.inference_mode()
+    def step(self, state: ScaleState, codes_Bn: Tensor | None, vectors_BnE: Tensor | None = None) -> Tensor:
+        scale = state.known + (codes_Bn is not None)
+        fed = 0 if codes_Bn is None else codes_Bn.shape[1]
+        one_scale = vectors_BnE is None and fed == (len(self.plain.layout.blocks[scale - 1]) if scale else 0)
+        if self._holder() is not state or not one_scale or scale > len(self._graphs):
+            if self._holder() is state:
+                self._holder = lambda: None
+            return self.plain.step(state, codes_Bn, vectors_BnE)
+        inputs = () if codes_Bn is None else (codes_Bn,)
+        if scale < len(self._graphs):
+            for name, value in self._counters[scale].items():
+                setattr(state, name, value)
+            return self._graphs[scale](*inputs).clone()
+        logits_BnV = self.plain.step(state, codes_Bn)
+        self._graphs.append(self._capture(self._first if scale == 0 else self._next, inputs, warm=True))
+        self._counters.append({name: getattr(state, name) for name in ("known", "consumed", "passes", "peak_kv_bytes", "last_kv_bytes")})
+        return logits_BnV
+
+    def _first(self) -> Tensor:
+        self._inner = self.plain.start(Request(torch.arange(len(self._labels_B)), 0, labels_B=self._labels_B))
+        return self.plain.step(self._inner, None)
+
+    def _next(self, codes_Bn: Tensor) -> Tensor:
+        return self.plain.step(self._inner, codes_Bn)
+
+
+def _check_device(device: torch.device, capture: Capture) -> None:
+    if capture is CudaGraph and device.type != "cuda":
+        raise ConfigError(f"CUDA graphs: the model is on {device}.", "Use --device cuda, or drop graphs=true.")

@@ -1,14 +1,17 @@
 """Passes with fixed tensors give the logits of the plain decoder: played on the CPU, captured on a GPU."""
 
 import pytest
+import tiny_var
 import torch
 
+from arsp import stack
 from arsp.decode import graphed
 from arsp.decode.ar import sample_ar
 from arsp.decode.decoder import RasterDecoder
 from arsp.decode.filters import LogitsPipeline
-from arsp.decode.graphed import CudaGraph, GraphedDecoder
-from arsp.decode.guidance import Guidance
+from arsp.decode.graphed import CudaGraph, GraphedDecoder, GraphedScales
+from arsp.decode.guidance import Guidance, RampGuidance
+from arsp.decode.next_scale import NextScaleDecoder
 from arsp.errors import ConfigError
 from arsp.models.llamagen import GPT, GPTConfig
 from arsp.protocols import Request
@@ -23,7 +26,7 @@ class Played:
 
     made = 0
 
-    def __init__(self, work, inputs):
+    def __init__(self, work, inputs, warm=False):
         self.work, self.inputs, self.result = work, tuple(x.clone() for x in inputs), None
         Played.made += 1
 
@@ -121,10 +124,52 @@ def test_a_second_state_does_not_disturb_the_first(device, monkeypatch):
     assert ours.start(request(device)).cache is ours._cache
 
 
-def test_graphs_need_a_gpu_and_a_raster_teacher():
-    from arsp import stack
+def scales(device, cfg):
+    """Both next-scale decoders of the tiny VAR."""
+    model, quantizer = tiny_var.var_model().to(device), tiny_var.tokenizer_model().quantize.to(device)
+    plain = NextScaleDecoder(model, quantizer, RampGuidance(cfg, 3))
+    return plain, GraphedScales(plain, capture=Played if device == "cpu" else CudaGraph)
 
-    with pytest.raises(ConfigError, match="CUDA graphs: the model is on cpu"):
-        stack.build(stack.StackConfig(model="llamagen", graphs=True))
-    with pytest.raises(ConfigError, match="no raster teacher"):
-        stack.check(stack.StackConfig(model="var", graphs=True))
+
+@DEVICES
+@pytest.mark.parametrize("cfg", [0.0, 1.5])
+def test_images_of_a_var_are_those_of_the_plain_decoder_and_graphs_are_kept(device, cfg):
+    Played.made = 0
+    plain, ours = scales(device, cfg)
+    for num in (3, 2):
+        for seed in range(3):
+            labels = (torch.arange(num, device=device) + seed) % 3
+            asked = Request(torch.arange(num, device=device), seed, labels_B=labels)
+            wanted, found = sample_ar(plain, asked, pipeline=LogitsPipeline()), sample_ar(ours, asked, pipeline=LogitsPipeline())
+            assert torch.equal(found.codes_BL, wanted.codes_BL) and found.stats == wanted.stats, f"{num} rows, image {seed}"
+        assert len(ours._graphs) == 3
+    assert device == "cuda" or Played.made == 6, "three scales of two batch sizes"
+
+
+@DEVICES
+def test_what_is_not_fed_scale_by_scale_runs_without_graphs(device):
+    plain, ours = scales(device, 1.5)
+    asked = Request(torch.arange(2, device=device), 0, labels_B=torch.arange(2, device=device))
+    codes = torch.randint(16, (2, 21), generator=torch.Generator().manual_seed(0)).to(device)
+    expected = plain.teacher_forced(asked, codes)
+    for _ in range(2):
+        state = ours.start(asked)
+        assert_close(ours.step(state, codes[:, :5]), expected[:, 5:], abs_tol=1e-4, what="two scales at once")
+        del state
+    ours.step(ours.start(asked), None)  # left in the middle
+    for _ in range(3):
+        first, second, parts = ours.start(asked), ours.start(asked), []
+        for fed in (None, codes[:, :1], codes[:, 1:5]):
+            parts.append(ours.step(first, fed))
+            assert_close(ours.step(second, fed), parts[-1], abs_tol=1e-4, what="a second state")
+        assert_close(torch.cat(parts, 1), expected, abs_tol=1e-4, what="scale by scale")
+        del first, second
+
+
+def test_graphs_need_a_gpu_and_a_teacher():
+    for model in ("llamagen", "var"):
+        with pytest.raises(ConfigError, match="CUDA graphs: the model is on cpu"):
+            stack.build(stack.StackConfig(model=model, graphs=True))
+    for options, message in (({"model": "llamagen-dd1"}, "of the student"), ({"model": "var", "more_smooth": True}, "vectors in place")):
+        with pytest.raises(ConfigError, match=message):
+            stack.check(stack.StackConfig(graphs=True, **options))
