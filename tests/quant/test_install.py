@@ -193,7 +193,7 @@ def test_the_codes_of_a_layer_stand_for_its_weight(models):
 def test_bytes_are_told_by_part(models):
     model = models["var"]
     bits = {"*.fc1": [8, -1]}
-    layers = quantised(model, tiny_quant.recipe(layers={"formats": bits, "only": ["blocks.*.ffn.*"]}))
+    layers = quantised(model, tiny_quant.recipe(layers={"formats": bits, "only": ["blocks.*.ffn.*"]}, weights={"group_size": 128}))
     found = weight_bytes(install(copy.deepcopy(model.module), layers, torch.float32))
     w8 = 2 * (256 * 64 + 256 * 4 + 256 * 4 + 64)  # codes, scales, bias, signs
     w4 = 2 * (64 * 256 // 2 + 64 * 2 * 5 + 64 * 4 + 256)

@@ -176,7 +176,7 @@ def test_the_manifest_declares_every_layer_once_in_the_words_of_compressed_tenso
 
 @pytest.mark.parametrize(("name", "format_"), [("w4a8", "pack-quantized"), ("w8a8", "int-quantized")])
 def test_one_format_for_all_layers_is_named_as_such(models, tmp_path, name, format_):
-    path, _ = bundle_of(models["llamagen"], tmp_path / "q", name)
+    path, _ = bundle_of(models["llamagen"], tmp_path / "q", name, layers={"formats": {}})
     block = json.loads((path / "arsp.json").read_text())["quantization"]
     assert block["format"] == format_ and len(block["config_groups"]) == (2 if name == "w4a8" else 1)
 
@@ -186,13 +186,18 @@ def test_one_format_for_all_layers_is_named_as_such(models, tmp_path, name, form
 
 def test_a_simulated_bundle_holds_the_weights_as_they_were_and_rounds_on_load(models, tmp_path):
     model = models["var"]
-    path, _ = bundle_of(model, tmp_path / "q", "litevar")
+    path, _ = bundle_of(model, tmp_path / "q", "litevar", layers={"formats": {"head": [8, -1]}})
     weights = load_file(path / "model.safetensors")
     assert weights.keys() == model.module.state_dict().keys()
     assert all(torch.equal(weights[key], value) for key, value in model.module.state_dict().items())
     block = json.loads((path / "arsp.json").read_text())["quantization"]
     bits = block["arsp"]["simulated"]["bits"]
-    assert "config_groups" not in block and block["arsp"]["simulated"]["kind"] == "litevar" and set(bits.values()) == {4}
+    assert (
+        "config_groups" not in block
+        and block["arsp"]["simulated"]["kind"] == "litevar"
+        and set(bits.values()) == {4, 8}
+        and bits["head"] == 8
+    )
     assert not any(name.endswith("fc2") for name in bits) and "blocks.0.ffn.fc2" in block["ignore"]
     loaded = load_model(str(path))
     assert {name for name, part in loaded.module.named_modules() if isinstance(part, SimulatedLinear)} == bits.keys()
