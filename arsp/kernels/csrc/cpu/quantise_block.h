@@ -91,14 +91,34 @@ ARSP_TARGET void gelu(Numbers x, int64_t K, float* values) {
   }
 }
 
-// Sums and differences of lanes `width` apart.
-ARSP_TARGET inline vec butterfly(vec v, int width) {
-  ints other, sign;
-  for (int i = 0; i < ARSP_LANES; ++i) {
-    other[i] = i ^ width;
-    sign[i] = i & width ? INT32_MIN : 0;
+// Lanes `width` apart change places, and the upper of two changes sign.
+template <int width>
+struct Swap {
+  int32_t other[ARSP_LANES], sign[ARSP_LANES];
+  constexpr Swap() : other(), sign() {
+    for (int i = 0; i < ARSP_LANES; ++i) {
+      other[i] = i ^ width;
+      sign[i] = i & width ? INT32_MIN : 0;
+    }
   }
-  return __builtin_shuffle(v, other) + (vec)((ints)v ^ sign);
+};
+
+template <int width>
+constexpr Swap<width> kSwap;
+
+// Sums and differences of lanes 1, 2, 4, ... apart, within blocks.
+template <int width = 1>
+ARSP_TARGET inline vec butterflies(vec v, int64_t block) {
+  if (width >= block) return v;
+  ints other, sign;
+  std::memcpy(&other, kSwap<width>.other, sizeof(other));
+  std::memcpy(&sign, kSwap<width>.sign, sizeof(sign));
+  v = __builtin_shuffle(v, other) + (vec)((ints)v ^ sign);
+  if constexpr (2 * width < ARSP_LANES) {
+    return butterflies<2 * width>(v, block);
+  } else {
+    return v;
+  }
 }
 
 // Sums and differences of registers that lie `width` values apart, for two widths at once where the block has room for both.
@@ -134,11 +154,12 @@ ARSP_TARGET void balance(const Balance& by, int64_t K, float* values) {
     if (by.smooth != nullptr) v *= take({by.smooth, nullptr}, k, K);
     if (by.signs != nullptr) {
       codes sign = {};
-      std::memcpy(&sign, by.signs + k, std::min<int64_t>(ARSP_LANES, K - k));
-      v *= __builtin_convertvector(__builtin_convertvector(sign, ints), vec);
-#pragma GCC unroll 4
-      for (int width = 1; width < ARSP_LANES; width *= 2)
-        if (width < by.block) v = butterfly(v, width);
+      if (k + ARSP_LANES <= K) {
+        sign = *reinterpret_cast<const codes_unaligned*>(by.signs + k);
+      } else {
+        std::memcpy(&sign, by.signs + k, K - k);
+      }
+      v = butterflies(v * __builtin_convertvector(__builtin_convertvector(sign, ints), vec), by.block);
     }
     store(values + k, v);
   }
