@@ -47,18 +47,24 @@ def _shifts(like: Tensor) -> Tensor:
 def to_tensors(weight: QuantisedWeight, name: str) -> dict[str, Tensor]:
     """The tensors of layer ``name`` in a file. ConfigError for formats that have no layout: they exist in simulation only."""
     if weight.bits == 8 and weight.symmetric:
-        return {f"{name}.weight": weight.codes_NK, f"{name}.weight_scale": weight.scales_NG}
+        return {f"{name}.weight": weight.codes_NK, f"{name}.weight_scale": _stored_scales(weight)}
     if weight.bits != 4:
         kind = "symmetric" if weight.symmetric else "asymmetric"
         raise ConfigError(f"{name}: {weight.bits} bits {kind} cannot be packed.", hint="Use 4 bits, or 8 bits symmetric.")
     tensors = {
         f"{name}.weight_packed": pack_int4(weight.codes_NK.int() + 8 if weight.symmetric else weight.codes_NK),
-        f"{name}.weight_scale": weight.scales_NG,
+        f"{name}.weight_scale": _stored_scales(weight),
         f"{name}.weight_shape": torch.tensor(weight.codes_NK.shape),
     }
     if weight.zeros_NG is not None:
         tensors[f"{name}.weight_zero_point"] = pack_int4(weight.zeros_NG.T).T.contiguous()
     return tensors
+
+
+def _stored_scales(weight: QuantisedWeight) -> Tensor:
+    """In 16 bits where nothing is lost."""
+    half_NG = weight.scales_NG.half()
+    return half_NG if torch.equal(half_NG.float(), weight.scales_NG) else weight.scales_NG
 
 
 def from_tensors(tensors: Mapping[str, Tensor], name: str) -> QuantisedWeight:

@@ -22,6 +22,7 @@ from arsp.quant import store
 from arsp.quant.agreement import Agreement, Judge
 from arsp.quant.calibrate import InputStatistics, Samples, image_samples, observe, own_samples
 from arsp.quant.install import QuantisedLayer, install, linear_layers, simulate, sites
+from arsp.quant.pack import to_tensors
 from arsp.quant.picture import sensitivity_figure
 from arsp.quant.quantiser import dequantise
 from arsp.quant.recipe import Recipe
@@ -185,8 +186,9 @@ def _line(name: str, format_: Format, layer: nn.Linear, made: QuantisedLayer | N
     sqnr = 10 * math.log10(float(given.double().square().sum()) / noise) if noise else None
     shift = " shifted" if made.input_format.shifted else ""
     balance = " scaled" * (made.input_format.smooth_K is not None) + " rotated" * (made.input_format.signs_K is not None)
+    size = sum(tensor.nbytes for tensor in to_tensors(made.weight, name).values())
     return {
-        "layer": name, "format": f"{format_}A8{shift}{balance}", "bytes": format_.bytes(layer), "fp16_bytes": fp16, "sqnr_db": sqnr
+        "layer": name, "format": f"{format_}A8{shift}{balance}", "bytes": size, "fp16_bytes": fp16, "sqnr_db": sqnr,
     }  # fmt: skip
 
 

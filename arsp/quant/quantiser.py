@@ -41,12 +41,15 @@ class Grid:
     last: int
 
     @classmethod
-    def of_range(cls, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
-        """The grid that covers ``low..high`` and zero; symmetric: ``scale = max |x| / (2^(bits-1) - 1)``, zero point 0."""
+    def of_range(cls, low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype | None = None) -> Grid:
+        """The grid that covers ``low..high`` and zero; symmetric: ``scale = max |x| / (2^(bits-1) - 1)``, zero point 0. With ``dtype``
+        scales are numbers of that type, unless one of them is out of its normal range."""
         low, high = low.clamp(max=0), high.clamp(min=0)
         last = 2 ** (bits - 1) - 1 if symmetric else 2**bits - 1
         scale = (torch.maximum(-low, high) if symmetric else high - low) / last
         scale = scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 1.0)
+        if dtype is not None and bool(((scale >= torch.finfo(dtype).tiny) & (scale <= torch.finfo(dtype).max)).all()):
+            scale = scale.to(dtype).to(scale.dtype)
         zero = torch.zeros_like(scale) if symmetric else (-low / scale).round()
         return cls(scale, zero, -last - 1 if symmetric else 0, last)
 
@@ -112,18 +115,20 @@ def quantise_weight(
     symmetric: bool | None = None,
     search: str = "min_max",
     gram_KK: Tensor | None = None,
+    scale_dtype: torch.dtype | None = None,
     name: str = "weight",
 ) -> QuantisedWeight:
     """Round to nearest. ``symmetric`` is by default what kernels take: 8 bits symmetric, fewer asymmetric.
 
     ``search="mse"`` shrinks the range of every group by the factor of MSE_FACTORS that has the least squared error of the weights or,
     given the Gram matrix ``gram_KK = X^T X`` of the inputs, of the group's part of the outputs.
+    Scales are of ``scale_dtype`` where their size allows it, so that files may store them so.
     InputError, naming ``name``, for NaN and infinity. ConfigError for bits outside 2..8 and as in :func:`fitting_group`.
     """
     symmetric = bits == 8 if symmetric is None else symmetric
     w_NGg = grouped(weight_NK, bits, group_size, name)
     dims = (0, 1, 2) if group_size == TENSOR else 2
-    grid = weight_grid(w_NGg, dims, bits, symmetric, search, gram_KK)
+    grid = weight_grid(w_NGg, dims, bits, symmetric, search, gram_KK, scale_dtype)
     return QuantisedWeight.of(grid.encode(w_NGg), grid, bits)
 
 
@@ -143,11 +148,12 @@ def grouped(weight_NK: Tensor, bits: int, group_size: int, name: str = "weight")
 
 
 def weight_grid(
-    w_NGg: Tensor, dims: int | Sequence[int], bits: int, symmetric: bool, search: str = "min_max", gram_KK: Tensor | None = None
-) -> Grid:
-    """The grid of grouped weights, one range over ``dims``; ``search`` and ``gram_KK`` as in :func:`quantise_weight`."""
+    w_NGg: Tensor, dims: int | Sequence[int], bits: int, symmetric: bool, search: str = "min_max", gram_KK: Tensor | None = None,
+    scale_dtype: torch.dtype | None = None,
+) -> Grid:  # fmt: skip
+    """The grid of grouped weights, one range over ``dims``; ``search``, ``gram_KK``, ``scale_dtype`` as in :func:`quantise_weight`."""
     low, high = w_NGg.amin(dims, keepdim=True), w_NGg.amax(dims, keepdim=True)
-    best = Grid.of_range(low, high, bits, symmetric)
+    best = Grid.of_range(low, high, bits, symmetric, scale_dtype)
     if search == "min_max":
         return best
     if search != "mse":
@@ -164,7 +170,7 @@ def weight_grid(
 
     least = error(best)
     for factor in MSE_FACTORS[1:]:
-        grid = Grid.of_range(low * factor, high * factor, bits, symmetric)
+        grid = Grid.of_range(low * factor, high * factor, bits, symmetric, scale_dtype)
         found = error(grid)
         better = found < least
         best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero), grid.first, grid.last)

@@ -15,6 +15,7 @@ from arsp.errors import ConfigError, nearest
 KEPT = (  # read by a table look-up, a few numbers wide, or run once an image
     "tok_embeddings", "word_embed", "cls_embedding.*", "head_nm.*", "final_layer_conti.*", "layerwise_n_d_embed.*",
 )  # fmt: skip
+HEADS = {"output": (8, -1), "head": (8, -1)}  # what is wrong here is wrong in every code's probability
 GROUP_SIZES = (-1, 32, 64, 128)
 
 
@@ -31,7 +32,7 @@ class WeightConfig(StrictModel):
     """Codes of the weights."""
 
     bits: Literal[4, 8] = Field(4, description="4: asymmetric, by group; 8: symmetric, one scale an output")
-    group_size: GroupSize = Field(128, description="inputs that share a scale at 4 bits: 32, 64, 128, or -1 for all of them")
+    group_size: GroupSize = Field(64, description="inputs that share a scale at 4 bits: 32, 64, 128, or -1 for all of them")
     rounding: Literal["nearest", "gptq", "awq"] = Field("nearest", description="gptq (arXiv 2210.17323), awq (arXiv 2306.00978)")
     search: Literal["min_max", "mse"] = Field("min_max", description="range of a group: its extremes, or the one of least squared error")
     damp: float = Field(0.01, gt=0, description="gptq: share of the mean of the diagonal that is added to it")
@@ -61,7 +62,7 @@ class LayerConfig(StrictModel):
     only: list[str] = Field(["*"], min_length=1, description="patterns of the layers to quantise")
     keep: list[str] = Field(list(KEPT), description="patterns of the layers that stay as they are")
     formats: dict[str, tuple[Literal[4, 8], GroupSize]] = Field(
-        {}, description="other formats, pattern: [bits, group size]; the first that fits counts"
+        HEADS, description="other formats, pattern: [bits, group size]; the first that fits counts"
     )
 
 
@@ -130,7 +131,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "w4a8-awq": {"weights": {"rounding": "awq"}},
     "vidit-q": {"balance": {"alpha": 0.3, "rotate": True}},
     "mixdq": {"weights": {"search": "mse"}, "budget": {"size": "0.3x", "score": "decoupled"}, **_ROTATED},
-    "litevar": {"simulate": "litevar", "layers": {"keep": [*KEPT, "*.fc2"]}},
+    "litevar": {"simulate": "litevar", "layers": {"keep": [*KEPT, "*.fc2"], "formats": {}}},
 }
 
 

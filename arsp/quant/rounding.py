@@ -50,13 +50,14 @@ def gptq(
     search: str = "min_max",
     damp: float = 0.01,
     act_order: bool = False,
+    scale_dtype: torch.dtype | None = None,
     name: str = "weight",
 ) -> QuantisedWeight:
     """Round column after column; what a column loses, the columns after it make up for.
 
     ``H = X^T X + damp mean(diag) I``, ``U`` the upper Cholesky factor of its inverse. The scale of a group is that of the weights as they
     are when its first column is reached; with ``act_order`` (columns of large inputs first) groups are met in pieces and all scales are
-    those of the given weights. Channels without input get weight 0. ``symmetric``, ``search`` and errors as in
+    those of the given weights. Channels without input get weight 0. ``symmetric``, ``search``, ``scale_dtype`` and errors as in
     :func:`arsp.quant.quantiser.quantise_weight`; NumericalError when H is not positive definite.
     """
     symmetric = bits == 8 if symmetric is None else symmetric
@@ -66,7 +67,7 @@ def gptq(
     dead_K = hessian_KK.diagonal() == 0
     hessian_KK.diagonal()[dead_K] = 1
     w_NGg = w_NGg.masked_fill(dead_K.view(num_groups, size), 0)
-    given = weight_grid(w_NGg, 2, bits, symmetric, search)
+    given = weight_grid(w_NGg, 2, bits, symmetric, search, scale_dtype=scale_dtype)
     scales_NG, zeros_NG = (part[..., 0].double() for part in (given.scale, given.zero))
 
     columns = list(range(len(dead_K)))
@@ -81,7 +82,7 @@ def gptq(
         for i in range(block.start, block.stop):
             group = columns[i] // size
             if not act_order and i % size == 0:  # BLOCK is a multiple of the size of groups: the group knows of all columns before it
-                grid = weight_grid(w_NK[:, None, i : i + size].float(), 2, bits, symmetric, search)
+                grid = weight_grid(w_NK[:, None, i : i + size].float(), 2, bits, symmetric, search, scale_dtype=scale_dtype)
                 scales_NG[:, group], zeros_NG[:, group] = grid.scale[:, 0, 0].double(), grid.zero[:, 0, 0].double()
             grid = Grid(scales_NG[:, group], zeros_NG[:, group], given.first, given.last)
             codes_N = codes_NK[:, columns[i]] = grid.encode(w_NK[:, i])

@@ -20,6 +20,7 @@ from arsp.quant.quantiser import CHANNEL, QuantisedWeight, fitting_group, quanti
 from arsp.quant.recipe import Recipe, matches, recipe_card
 from arsp.quant.rounding import awq, gptq
 
+SCALE_DTYPE = torch.float16  # of weights, in files
 SIGNS_SEED = 0  # of the random signs of rotations
 
 
@@ -37,7 +38,7 @@ class Format:
 
     def bytes(self, layer: nn.Linear) -> int:
         """Of the packed weight with its scales."""
-        return packed_bytes(layer.out_features, layer.in_features, self.bits, self.group_size)
+        return packed_bytes(layer.out_features, layer.in_features, self.bits, self.group_size, SCALE_DTYPE.itemsize)
 
     def __str__(self) -> str:
         return f"W{self.bits}" if self.group_size == CHANNEL else f"W{self.bits}g{self.group_size}"
@@ -154,7 +155,9 @@ def transformed_gram(gram_KK: Tensor, input_format: InputFormat) -> Tensor:
 def _round(weight_NK: Tensor, format_: Format, recipe: Recipe, gram_KK: Tensor | None, name: str) -> QuantisedWeight:
     rule, bits, size = recipe.weights, format_.bits, format_.group_size
     if rule.rounding == "gptq":
-        return gptq(weight_NK, gram_KK, bits, size, search=rule.search, damp=rule.damp, act_order=rule.act_order, name=name)
+        return gptq(
+            weight_NK, gram_KK, bits, size, search=rule.search, damp=rule.damp, act_order=rule.act_order, scale_dtype=SCALE_DTYPE, name=name
+        )
     if rule.rounding == "awq" and bits == 4:
-        return quantise_weight(weight_NK, bits, size, search="mse", gram_KK=gram_KK.float(), name=name)
-    return quantise_weight(weight_NK, bits, size, search=rule.search, name=name)
+        return quantise_weight(weight_NK, bits, size, search="mse", gram_KK=gram_KK.float(), scale_dtype=SCALE_DTYPE, name=name)
+    return quantise_weight(weight_NK, bits, size, search=rule.search, scale_dtype=SCALE_DTYPE, name=name)
