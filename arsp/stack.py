@@ -30,7 +30,7 @@ from arsp.decode.few_step import (
     step_counts,
 )
 from arsp.decode.filters import LogitsPipeline
-from arsp.decode.graphed import GraphedDecoder, GraphedScales
+from arsp.decode.graphed import GraphedDecoder, GraphedScales, GraphedStudent
 from arsp.decode.guidance import Guidance, RampGuidance
 from arsp.decode.modes import MODES, Parts, VerifyConfig, build_mode, settle
 from arsp.decode.planner import WindowPlanner, measured
@@ -84,7 +84,7 @@ class StackConfig(StrictModel):
     )
     share: Literal["map"] | None = Field(None, description="guidance halves share the attention maps at every scale")
     more_smooth: bool = Field(False, description="Gumbel-smoothed vectors instead of codes (next-scale; pictures, never metrics)")
-    graphs: bool = Field(False, description="replay the passes of a teacher as CUDA graphs (--device cuda)")
+    graphs: bool = Field(False, description="replay passes as CUDA graphs (--device cuda)")
     image_size: int | None = Field(None, ge=1, description="bicubic resize of the decoder's output before uint8")
     decoder_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the tokenizer's decoder")
     decoder_channels_last: bool | None = Field(None, description="its memory layout (default: where it is faster)")
@@ -247,9 +247,8 @@ def check(config: StackConfig) -> ModelSource:
         "--student-steps": config.student_steps, "--split": config.split, "--teacher-range": config.teacher_range,
         "--compat-official-prefix": config.compat_official_prefix or None,
     }  # fmt: skip
-    if config.graphs and (source.kind != "teacher" or config.more_smooth):
-        what = "vectors in place of codes are" if config.more_smooth else f"the passes of the student {source.name} are"
-        raise ConfigError(f"graphs: {what} not captured.", "Drop graphs=true.")
+    if config.graphs and config.more_smooth:
+        raise ConfigError("graphs: passes over vectors in place of codes are not captured.", "Drop graphs=true.")
     wanted = next_scale_options(config)
     if wanted and (source.layout.is_raster or source.kind != "teacher"):
         raise ConfigError(f"{', '.join(wanted)}: needs a next-scale teacher, {source.name} is none.", "Use --model var.")
@@ -470,6 +469,8 @@ def build(
     if source.kind == "student":
         settings = FewStep(step_counts(config.student_steps or 1, source.card["known"][1:]), _split(config))
         student = lambda labels_B, x_BLE, known_B: model.module(labels_B, x_BLE.to(dtype), known_B)  # vectors stay float32
+        if config.graphs:
+            student = GraphedStudent(student, torch.device(device))
         generator: Generator = StudentGenerator(student, model.codebook_VE, source.layout, settings)
         name = f"{source.label} {config.student_steps or 1}-step"
         if config.teacher_range:

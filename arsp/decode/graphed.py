@@ -7,6 +7,7 @@ A graph needs the same memory every time, so what a state holds is made once a b
   of the verify family one for every width of its window beside them. The condition, captions and passes over trees run without a graph.
 - Next-scale: one graph a scale, from the codes of the scale before to the logits. The first image of a batch size runs as it always
   does, and its passes are captured beside it.
+- Students: one graph a batch size.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from arsp.protocols import Request
 SLOTS = 64  # a pass reads the cache up to a multiple of this
 
 
-Capture = Callable[..., Callable[..., Tensor]]  # (work, inputs, warm) -> what replays it
+Capture = Callable[..., Callable[..., Any]]  # (work, inputs, warm) -> what replays it
 
 
 class CudaGraph:
     """``work(*inputs)``, captured; a call copies other inputs of the same shapes into place and replays it. The result is overwritten by
     the next call."""
 
-    def __init__(self, work: Callable[..., Tensor], inputs: tuple[Tensor, ...], warm: bool = False):
+    def __init__(self, work: Callable[..., Any], inputs: tuple[Tensor, ...], warm: bool = False):
         """``warm``: the same work has run before. Otherwise it runs once here, so that libraries are ready before the capture."""
         self.inputs = tuple(x.clone() for x in inputs)
         if not warm:
@@ -49,7 +50,7 @@ class CudaGraph:
         with torch.cuda.graph(self.graph):
             self.result = work(*self.inputs)
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Any:
         for fixed, given in zip(self.inputs, inputs, strict=True):
             fixed.copy_(given)
         self.graph.replay()
@@ -168,6 +169,21 @@ class GraphedScales:
 
     def _next(self, codes_Bn: Tensor) -> Tensor:
         return self.plain.step(self._inner, codes_Bn)
+
+
+class GraphedStudent:
+    """The pass of a few-step student, ``student(labels_B, x_BLE, known_B)``, as one CUDA graph a batch size."""
+
+    def __init__(self, student: Callable[..., tuple[Tensor, Tensor]], device: torch.device, capture: Capture = CudaGraph):
+        _check_device(device, capture)
+        self._student, self._capture = student, capture
+        self._graphs: dict[torch.Size, Callable[..., Any]] = {}
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        shape = inputs[1].shape
+        if shape not in self._graphs:
+            self._graphs[shape] = self._capture(self._student, inputs)
+        return tuple(x.clone() for x in self._graphs[shape](*inputs))
 
 
 def _check_device(device: torch.device, capture: Capture) -> None:
