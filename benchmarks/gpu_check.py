@@ -36,7 +36,8 @@ EAGER = ["--random-weights", "--baseline", "eager"]
 CODES_ONLY = ["--no-decode", "--batch-size"]
 GPT_B = ["llamagen-b-256", "llamagen-b-256,graphs=true", *EAGER, "--dtype", "bfloat16"]
 GPT_L = ["llamagen-l-256", "llamagen-l-256,graphs=true", *EAGER, "--dtype", "bfloat16"]
-VAR = ["var-d16", "var-d16,dtype=bfloat16,decoder_dtype=bfloat16", *EAGER]
+BF16 = "dtype=bfloat16,decoder_dtype=bfloat16"
+VAR = ["var-d16", f"var-d16,{BF16}"]
 TIMINGS = {  # the official way of a VAR is in float32, and a VAR is timed to its images; the others make codes
     "LlamaGen-L 256, batch 1": [*GPT_L, *CODES_ONLY, "1", "--repeats", "3"],
     "LlamaGen-3B 384, batch 1: bfloat16 and W4A8": [
@@ -45,13 +46,14 @@ TIMINGS = {  # the official way of a VAR is in float32, and a VAR is timed to it
     ],
     "LlamaGen-B 256, batch 1": [*GPT_B, *CODES_ONLY, "1", "--repeats", "3"],
     "LlamaGen-B 256, batch 32": [*GPT_B, *CODES_ONLY, "32", "--repeats", "3"],
-    "embedded AR, batch 1": ["llamagen", "llamagen,graphs=true", "--compare", *CODES_ONLY, "1", "--repeats", "10"],
+    "embedded AR and student, batch 1": [
+        "llamagen", "llamagen,graphs=true", "llamagen-dd1,graphs=true", "--compare", *CODES_ONLY, "1", "--repeats", "10",
+    ],
     "embedded AR and seeded, batch 1": ["llamagen", "llamagen,sampler=seeded", "--compare", *CODES_ONLY, "1"],
-    "VAR-d16 256, batch 1": [*VAR, "--parts", "--batch-size", "1"],
-    "VAR-d16 256, batch 16": [*VAR, "--batch-size", "16"],
+    "VAR-d16 256, batch 1": [*VAR, f"var-d16,{BF16},graphs=true", *EAGER, "--batch-size", "1"],
+    "VAR-d16 256, batch 16": [*VAR, *EAGER, "--parts", "--batch-size", "16"],
     "CoDe VAR-d30:VAR-d16@8, batch 1": [
-        "var-d30,dtype=bfloat16,decoder_dtype=bfloat16", "var-d30,dtype=bfloat16,decoder_dtype=bfloat16,collab=var-d30:var-d16@8",
-        "--compare", "--random-weights", "--batch-size", "1",
+        f"var-d30,{BF16}", f"var-d30,{BF16},collab=var-d30:var-d16@8", "--compare", "--random-weights", "--batch-size", "1",
     ],
 }  # fmt: skip
 
