@@ -2,7 +2,7 @@
 
 Scores read the logits of teacher-forced samples: ``sqnr`` in dB, ``kl`` the divergence of the quantised law from the model's, every step
 of the layout counting the same. ``decoupled`` judges attention by the one and feed-forward layers by the other, as MixDQ judges quality
-and content apart; how the budget is split between the two is found by trying ratios on the model itself.
+and content apart; how the budget is split between the two is found by trying ratios, and one allocation of all layers, on the model itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from arsp.bench.timing import measure
 from arsp.errors import ConfigError
 from arsp.quant.agreement import Judge
-from arsp.quant.allocate import Option, allocate, split_mean_bits, total_cost
+from arsp.quant.allocate import Option, allocate, split_mean_bits
 from arsp.quant.calibrate import InputStatistics
 from arsp.quant.install import install
 from arsp.quant.linear import InputFormat, QuantLinear
@@ -143,14 +143,16 @@ def mix(
         sign = -1 if score == "kl" else 1
         return {name: {key: Option(cost, sign * scores[name][key][score]) for key, cost in found[name].items()} for name in names}
 
+    def joint(score: str) -> dict[str, Format]:
+        return {name: options[name][key] for name, key in allocate(programme(list(options), score), size).items()}
+
     content = [name for name in options if matches(name, FEED_FORWARD)]
     quality = [name for name in options if name not in content]
     if config.score != "decoupled" or not content or not quality:
-        chosen = allocate(programme(list(options), "kl" if config.score == "decoupled" else config.score), size)
-        return {name: options[name][key] for name, key in chosen.items()}
+        return joint("kl" if config.score == "decoupled" else config.score)
 
     weight = lambda names: sum(module.get_submodule(name).weight.numel() for name in names)  # noqa: E731
-    candidates: list[tuple[float, dict[str, Format]]] = []
+    candidates = {"all layers by their KL": joint("kl")}
     for ratio in np.linspace(*RATIOS, config.sweep):
         means = split_mean_bits(size / weight(options), weight(content) / weight(quality), float(ratio))
         chosen: dict[str, str] = {}
@@ -159,13 +161,11 @@ def mix(
                 chosen |= allocate(programme(names, score), mean * weight(names))
         except ConfigError:
             continue  # this split asks one of the two groups for less than it can
-        formats = {name: options[name][key] for name, key in chosen.items()}
+        candidates[f"bits of feed-forward to attention layers {ratio:.2f}"] = {name: options[name][key] for name, key in chosen.items()}
+    divergence = {}
+    for label, formats in candidates.items():
         layers = quantise_layers(module, formats, recipe, statistics)
-        candidates.append((judge(install(copy.deepcopy(module), layers, torch.float32)).kl_by_step, formats))
-        spent = total_cost(programme(list(options), "kl"), chosen)
-        callback(f"bits of feed-forward to attention layers {ratio:.2f}: KL {candidates[-1][0]:.4g}, cost {spent:.4g}")
+        divergence[label] = judge(install(copy.deepcopy(module), layers, torch.float32)).kl_by_step
+        callback(f"{label}: KL {divergence[label]:.4g}")
         check_stop()
-    if not candidates:
-        chosen = allocate(programme(list(options), "kl"), size)
-        return {name: options[name][key] for name, key in chosen.items()}
-    return min(candidates, key=lambda candidate: candidate[0])[1]
+    return candidates[min(candidates, key=divergence.__getitem__)]
