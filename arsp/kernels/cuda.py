@@ -340,7 +340,7 @@ def find_library() -> tuple[Path, str]:
     newer = torch.cuda.get_device_capability() > (9, 0)
 
     def make(path: Path) -> None:
-        log.warning("compiling the CUDA kernels for sm_%s with %s, once (about a minute)", architecture, nvcc.find_nvcc())
+        log.warning("compiling the CUDA kernels for sm_%s with %s, once (20 s or more)", architecture, nvcc.find_nvcc())
         started = time.perf_counter()
         nvcc.compile_library(path, () if newer else (architecture,), ptx=newer)
         log.info("compiled %s in %.1f s", path, time.perf_counter() - started)

@@ -16,7 +16,7 @@ constexpr float kInfinity = __builtin_inff();
 
 enum Solver : int { kEuler = 0, kTwoStep = 1, kMidpoint = 2 };
 
-// Of one step of the grid, all functions of t alone; as in cuda.py.
+// FlowStep of reference.py.
 struct Step {
   float t, inner, square;     // log w = log p + inner <x, c> - square |c|^2
   float ratio, slope, width;  // t' / t, weight of the last difference of means, t' - t
@@ -136,8 +136,7 @@ __global__ void __launch_bounds__(kThreadsOf<kWidth>)
   __shared__ Shared<kWidth> shared;
   const int64_t row = blockIdx.x;
   codes += row * U, logs += row * U;
-  const int num = list_codes<kWidth>(logp + row * U, U, codes, logs, shared);
-  __syncthreads();
+  const int num = list_codes<kWidth>(logp + row * U, U, codes, logs, shared);  // ends with a barrier
   float x[kWidth], previous[kWidth];
 #pragma unroll
   for (int e = 0; e < kWidth; ++e) x[e] = noise[row * kWidth + e];
