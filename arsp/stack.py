@@ -50,6 +50,7 @@ from arsp.zoo.load import LoadedModel, ModelSource, load_model, module_bytes, re
 from arsp.zoo.steps import beside, check_steps, load_steps, parts_of
 
 SAMPLERS = Registry("samplers")
+ON_LOAD = tuple(name for name in RECIPES if name != "litevar")  # of that name is an attention policy
 DEFAULT_BATCH = 64  # images at a time where the user does not say
 
 
@@ -393,12 +394,12 @@ def next_scale_options(config: StackConfig) -> list[str]:
 
 def policies(config: StackConfig) -> list[str]:
     """What ``apply`` names that is not a recipe: attention policies."""
-    return [text for text in config.apply if text not in RECIPES]
+    return [text for text in config.apply if text not in ON_LOAD]
 
 
 def transform_of(config: StackConfig) -> Quantise | None:
     """The recipe that ``apply`` names. ConfigError for two of them, or one that needs samples of the model."""
-    names = [text for text in config.apply if text in RECIPES]
+    names = [text for text in config.apply if text in ON_LOAD]
     if len(names) > 1:
         raise ConfigError(f"--apply {', '.join(names)}: one recipe at a time.", "Keep one.")
     return data_free(names[0]) if names else None
@@ -437,7 +438,7 @@ def schedule_rows(config: StackConfig, source: ModelSource) -> list[ScaleRow]:
     for text in policies(config):
         name = text.partition("=")[0]
         if name != "litevar":
-            raise ConfigError(f"--apply {text}: unknown transform or policy '{name}'.", f"Known: litevar=PROFILE, {', '.join(RECIPES)}")
+            raise ConfigError(f"--apply {text}: unknown transform or policy '{name}'.", f"Known: litevar=PROFILE, {', '.join(ON_LOAD)}")
         rows = _fill(rows, f"--apply {text}", {"attention": text}, lambda row: row.model == "" and row.attention == "dense")
     if config.share:
         rows = _fill(rows, "--share map", {"cfg": "shared"}, lambda row: row.cfg == "full")

@@ -26,7 +26,10 @@ BUDGET = {  # what is appended to the long ones
     "arsp train features": "--steps 2 --batch-size 2 optim.eval_every=2",
     "arsp bench llamagen-b-256": "--num 1 --repeats 1 --warmup 0",
     "arsp bench var-d16": "--num 1 --repeats 1 --warmup 0",
+    "arsp bench --compare llamagen-b-256": "--repeats 1 --warmup 0",
     "arsp bench --compare": "--repeats 2",
+    "arsp quantize --model llamagen --recipe w4a8 --json": "",  # goes on in a pipe
+    "arsp quantize": "--num 4 calibration.check=4 calibration.batch_size=4",
     "arsp bench kernels": "--op verify --repeats 2",
     "arsp sparsify": "--num 8",
 }

@@ -97,7 +97,8 @@ def sample(
         Optional[str], typer.Option(help="YAML file, one row a scale: model, depth, attention, cfg (full, shared, off), precision")
     ] = None,
     apply: Annotated[
-        Optional[list[str]], typer.Option(help="litevar=PROFILE: the windows and sharing of a profile (arsp sparsify); may be repeated")
+        Optional[list[str]],
+        typer.Option(help="litevar=PROFILE: a profile of arsp sparsify; w4a8, w8a8: integer layers (arsp quantize); may be repeated"),
     ] = None,
     share: Annotated[Optional[str], typer.Option(help="map: the guidance halves share the attention maps at every scale")] = None,
     more_smooth: Annotated[
