@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "threads.h"
 
 namespace {
 
@@ -77,7 +78,8 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
     const T *from = x_c.const_data_ptr<T>(), *w = weight_c.const_data_ptr<T>();
     T* to = out.data_ptr<T>();
     const auto version = ARSP_VERSION(norm_row<T>);
-    at::parallel_for(0, rows, std::max<int64_t>(1, kThreadValues / std::max<int64_t>(1, K)), [&](int64_t begin, int64_t end) {
+    const int64_t worth = worth_a_thread(kThreadValues) / std::max<int64_t>(1, K);
+    at::parallel_for(0, rows, std::max<int64_t>(1, worth), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) version(from + i * K, w, static_cast<float>(eps), K, to + i * K);
     });
   });
@@ -101,7 +103,8 @@ at::Tensor apply_rope(const at::Tensor& x, const at::Tensor& table) {
     const float* turns = table_c.const_data_ptr<float>();
     T* to = out.data_ptr<T>();
     const auto version = ARSP_VERSION(rotate_row<T>);
-    at::parallel_for(0, B * n, std::max<int64_t>(1, kThreadValues / std::max<int64_t>(1, H * D)), [&](int64_t begin, int64_t end) {
+    const int64_t worth = worth_a_thread(kThreadValues) / std::max<int64_t>(1, H * D);
+    at::parallel_for(0, B * n, std::max<int64_t>(1, worth), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         for (int64_t h = 0; h < H; ++h)
           version(from + i / n * x_c.stride(0) + i % n * x_c.stride(1) + h * x_c.stride(2), turns + (by_row ? i : i % n) * D, D,
@@ -142,7 +145,7 @@ at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& k, const at::
                             n, start, D, Dv,
                             static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(std::max<int64_t>(1, D)))))};
     const auto version = ARSP_VERSION(attend_head<T>);
-    at::parallel_for(0, B * H, std::max<int64_t>(1, kThreadProducts / products), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, B * H, std::max<int64_t>(1, worth_a_thread(kThreadProducts) / products), [&](int64_t begin, int64_t end) {
       thread_local std::vector<float> scratch;
       scratch.resize(std::max<size_t>(scratch.size(), kQueries * (D + start + n + 2 * kMostLanes)));
       for (int64_t i = begin; i < end; ++i) version(task, i / H, i % H, scratch.data());

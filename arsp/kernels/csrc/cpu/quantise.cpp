@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "threads.h"
 
 namespace {
 
@@ -83,7 +84,7 @@ float* scratch(int64_t K) {
 // Calls one(row) for every row, on several threads where that pays.
 template <typename One>
 void each_row(int64_t rows, int64_t K, One one) {
-  at::parallel_for(0, rows, std::max<int64_t>(1, kThreadValues / std::max<int64_t>(1, K)), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, worth_a_thread(kThreadValues) / std::max<int64_t>(1, K)), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) one(row);
   });
 }

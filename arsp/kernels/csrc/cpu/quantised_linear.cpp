@@ -21,6 +21,7 @@
 #endif
 
 #include "isa.h"
+#include "threads.h"
 
 namespace {
 
@@ -78,7 +79,8 @@ template <int kBits, typename Y>
 void run(Layer layer, at::Tensor& out) {
   Y* y = out.data_ptr<Y>();
   const auto version = ARSP_VERSION(tiles<kBits, Y>);
-  const int64_t tile_bytes = layer.columns * kTile * kBits / 8, worth = kThreadBytes / std::max<int64_t>(1, tile_bytes * layer.rows);
+  const int64_t tile_bytes = layer.columns * kTile * kBits / 8;
+  const int64_t worth = worth_a_thread(kThreadBytes) / std::max<int64_t>(1, tile_bytes * layer.rows);
   at::parallel_for(0, (layer.outputs + kTile - 1) / kTile, std::max<int64_t>(4, worth),
                    [&](int64_t begin, int64_t end) { version(layer, begin, end, y); });
 }
@@ -123,7 +125,8 @@ at::Tensor linear(int bits, const at::Tensor& xq, const at::Tensor& sx, const at
   const int64_t columns = x.size(-1);
   c10::SmallVector<int32_t, 256> sums(M * groups);
   const auto sum = ARSP_VERSION(sum_groups);
-  at::parallel_for(0, M, std::max<int64_t>(1, kThreadValues / std::max<int64_t>(1, columns)), [&](int64_t begin, int64_t end) {
+  const int64_t worth = worth_a_thread(kThreadValues) / std::max<int64_t>(1, columns);
+  at::parallel_for(0, M, std::max<int64_t>(1, worth), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
       sum(x.const_data_ptr<int8_t>() + m * columns, columns / groups, groups, sums.data() + m * groups);
   });

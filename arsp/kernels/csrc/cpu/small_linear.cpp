@@ -18,6 +18,7 @@
 #endif
 
 #include "isa.h"
+#include "threads.h"
 
 namespace {
 
@@ -69,7 +70,7 @@ void run(const Versions<W, X>& versions, const at::Tensor& weight, const at::Ten
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
   const int64_t row_bytes = std::max<int64_t>(1, K * static_cast<int64_t>(sizeof(W)));
   const int64_t groups = (M + kMaxGroup - 1) / kMaxGroup;
-  at::parallel_for(0, N, std::max<int64_t>(16, kThreadBytes / row_bytes), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, N, std::max<int64_t>(16, worth_a_thread(kThreadBytes, 32) / row_bytes), [&](int64_t begin, int64_t end) {
     const int64_t chunk = groups == 1 ? end - begin : std::max<int64_t>(12, kChunkBytes / row_bytes / 12 * 12);
     for (int64_t n = begin; n < end; n += chunk) {
       for (int64_t g = 0; g < groups; ++g) {
