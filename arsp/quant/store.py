@@ -114,7 +114,7 @@ def install_from(module: nn.Module, block: Mapping[str, Any], weights: dict[str,
     shifted = set(block["arsp"].get("shifted", ()))
     for name in _targets(block):
         layer = _linear(module, name, where)
-        own = {key: weights.pop(key) for part in PARTS if (key := f"{name}.{part}") in weights}
+        own = {key: weights.pop(key).clone() for part in PARTS if (key := f"{name}.{part}") in weights}
         weight, expected = from_tensors(own, name), (layer.out_features, layer.in_features)
         if tuple(weight.codes_NK.shape) != expected:
             raise InputError(f"{where}: {name} is of shape {tuple(weight.codes_NK.shape)}, the model has {expected}.")

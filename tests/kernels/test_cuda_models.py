@@ -14,7 +14,7 @@ STACKS = [  # share of equal codes, and ops that must be reached; a code of 8 bi
 ]
 
 
-@pytest.mark.parametrize(("options", "share", "reached"), STACKS, ids=str)
+@pytest.mark.parametrize(("options", "share", "reached"), STACKS, ids=[" ".join(map(str, stack[0].values())) for stack in STACKS])
 def test_images_of_an_embedded_model_are_those_of_the_cpu_kernels(options, share, reached, monkeypatch):
     stack = build(StackConfig(**options))
     request = stack.request(torch.arange(2), 7, torch.arange(2))
