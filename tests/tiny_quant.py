@@ -12,8 +12,8 @@ from torch import Tensor
 
 from arsp.config import deep_merge, validate
 from arsp.decode.filters import LogitsPipeline
+from arsp.kernels.reference import rotate
 from arsp.models.student import LlamaGenStudent
-from arsp.quant.balance import rotate
 from arsp.quant.calibrate import Samples, own_samples
 from arsp.quant.linear import InputFormat
 from arsp.quant.quantiser import QuantisedWeight, fold_shift, integer_linear, quantise_activation, quantise_shifted

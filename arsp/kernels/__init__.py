@@ -333,7 +333,7 @@ def quantize_per_token(
         x: (..., K), float32 or bfloat16.
         smooth: float32 (K), a factor for every column (one over the scale of SmoothQuant, arXiv 2211.10438).
         signs: int8 (K) of +-1. The row, after ``smooth``, is multiplied by them and by orthonormal Hadamard matrices as large as the
-            largest power of two that divides K: :func:`arsp.quant.balance.rotate` (QuaRot, arXiv 2404.00456).
+            largest power of two that divides K: :func:`arsp.kernels.reference.rotate` (QuaRot, arXiv 2404.00456).
         scale: float32, one number or one for each row: sx as calibrated. What does not fit saturates at +-127.
 
     Returns xq int8 (..., K) and sx float32 (...). A row of zeros has sx = 1. A row that is not finite has codes 0 and sx NaN or infinite,

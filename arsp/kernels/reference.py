@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arsp.kernels.layouts import unpack_w4_cpu, unpack_w8_cpu
-from arsp.quant.balance import rotate
 from arsp.rng import keyed_uniform
 
 MIN_TEMPERATURE = 1e-5  # what a positive temperature is raised to before logits are divided by it
@@ -205,7 +204,7 @@ def gelu_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _balanced(x: Tensor, smooth_K: Tensor | None, signs_K: Tensor | None) -> Tensor:
-    """``x smooth``, then rotated (:func:`arsp.quant.balance.rotate`); either may be left out."""
+    """``x smooth``, then rotated (:func:`rotate`); either may be left out."""
     x = x if smooth_K is None else x * smooth_K
     return x if signs_K is None or not x.numel() else rotate(x, signs_K)
 
@@ -326,3 +325,23 @@ def flow_map(
             target_NE = mean_NE if previous_NE is None else mean_NE + step.slope * (mean_NE - previous_NE)
             x_NE, previous_NE = target_NE + step.ratio * (x_NE - target_NE), mean_NE
     return group_N, stop_t_N, weight_N, evaluations_N, state_NE
+
+
+def rotation_block(num_inputs: int) -> int:
+    """The largest power of two that divides the inputs."""
+    return num_inputs & -num_inputs
+
+
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """Orthonormal Walsh-Hadamard transform (Sylvester's order) of every ``block`` entries of the last dimension; its own inverse."""
+    shape, width = x.shape, 1
+    while width < block:
+        pairs = x.reshape(*shape[:-1], shape[-1] // (2 * width), 2, width)
+        x = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2)
+        width *= 2
+    return x.reshape(shape) * block**-0.5
+
+
+def rotate(x: Tensor, signs_K: Tensor) -> Tensor:
+    """``x Q`` along the last dimension, in the dtype of ``x``."""
+    return hadamard(x * signs_K.to(x.dtype), rotation_block(x.shape[-1]))

@@ -1,9 +1,9 @@
 """Moving outliers out of the inputs of a linear layer before both sides are quantised; the exact product does not change.
 
-Scaling (SmoothQuant, arXiv 2211.10438; ViDiT-Q, arXiv 2406.02540): ``x / s`` times ``(W s)^T``. Rotation (QuaRot, arXiv 2404.00456):
-``x Q`` times ``(W Q)^T`` with ``Q = D H``, D random signs, H orthonormal Hadamard matrices along the diagonal, each as large as the
-largest power of two that divides the inputs. Scaling comes first: it removes what is the same in every token, the rotation spreads the
-rest. Shapes: ``K`` inputs, ``N`` outputs of a linear layer, ``T`` tokens.
+Scaling (SmoothQuant, arXiv 2211.10438; ViDiT-Q, arXiv 2406.02540): ``x / s`` times ``(W s)^T``. Rotation (QuaRot, arXiv 2404.00456;
+:func:`arsp.kernels.reference.rotate`): ``x Q`` times ``(W Q)^T`` with ``Q = D H``, D random signs, H orthonormal Hadamard matrices along
+the diagonal, each as large as the largest power of two that divides the inputs. Scaling comes first: it removes what is the same in every
+token, the rotation spreads the rest. Shapes: ``K`` inputs, ``N`` outputs of a linear layer, ``T`` tokens.
 """
 
 from __future__ import annotations
@@ -46,27 +46,7 @@ def balance_scale(range_K: Tensor, weight_NK: Tensor, alpha: float) -> Tensor:
     return torch.where(weights_K == 0, torch.ones_like(weights_K), range_K**alpha / weights_K ** (1 - alpha))
 
 
-def rotation_block(num_inputs: int) -> int:
-    """The largest power of two that divides the inputs."""
-    return num_inputs & -num_inputs
-
-
 def rotation_signs(num_inputs: int, seed: int) -> Tensor:
     """The diagonal of D, int8 of -1 and 1, a function of the seed alone."""
     key = torch.zeros((), dtype=torch.int64)
     return (1 - 2 * (keyed_words(seed, key, key + num_inputs, Purpose.INIT, num_inputs) >> 31)).to(torch.int8)
-
-
-def hadamard(x: Tensor, block: int) -> Tensor:
-    """Orthonormal Walsh-Hadamard transform (Sylvester's order) of every ``block`` entries of the last dimension; its own inverse."""
-    shape, width = x.shape, 1
-    while width < block:
-        pairs = x.reshape(*shape[:-1], shape[-1] // (2 * width), 2, width)
-        x = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2)
-        width *= 2
-    return x.reshape(shape) * block**-0.5
-
-
-def rotate(x: Tensor, signs_K: Tensor) -> Tensor:
-    """``x Q`` along the last dimension, in the dtype of ``x``."""
-    return hadamard(x * signs_K.to(x.dtype), rotation_block(x.shape[-1]))

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from arsp import kernels
 from arsp.kernels.layouts import unpack_w4_cpu, unpack_w8_cpu
+from arsp.kernels.reference import hadamard, rotation_block
 from arsp.models.attention import Linear, linear
 from arsp.models.llamagen import RMSNorm, SwiGLU
 from arsp.models.var import GELU, Modulate
-from arsp.quant.balance import hadamard, rotation_block
 from arsp.quant.pack import pack_int4
 from arsp.quant.quantiser import CHANNEL, GELU_SHIFT, QuantisedWeight, dequantise, quantise_shifted
 
@@ -47,7 +47,7 @@ class QuantisedRows:
 
 @dataclass(frozen=True)
 class InputFormat:
-    """How the inputs of a layer become integers: times ``smooth_K``, rotated with ``signs_K`` (:func:`arsp.quant.balance.rotate`), then
+    """How the inputs of a layer become integers: times ``smooth_K``, rotated with ``signs_K`` (:func:`arsp.kernels.reference.rotate`), then
     symmetric per token; or ``shifted``, with neither (:func:`arsp.quant.quantiser.quantise_shifted`, for what a GELU made). With
     ``static_S`` every scale of a next-scale model has a step of its own in place of one from each token (cf. arXiv 2503.07654)."""
 

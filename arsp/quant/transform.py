@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from arsp.config import validate
 from arsp.errors import ConfigError, InputError, nearest
+from arsp.kernels.reference import rotate
 from arsp.models.var import GELU, Block
-from arsp.quant.balance import balance_scale, rotate, rotation_signs
+from arsp.quant.balance import balance_scale, rotation_signs
 from arsp.quant.calibrate import InputStatistics
 from arsp.quant.install import QuantisedLayer, find, install, linear_layers, simulate, sites
 from arsp.quant.linear import InputFormat, QuantLinear, SimulatedLinear

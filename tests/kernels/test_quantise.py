@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from arsp import kernels
 from arsp.errors import ConfigError
 from arsp.kernels import build, ops, reference
+from arsp.kernels.reference import rotate
 from arsp.models.llamagen import RMSNorm
-from arsp.quant.balance import rotate, rotation_signs
+from arsp.quant.balance import rotation_signs
 from arsp.quant.quantiser import quantise_shifted
 
 EVERY_ISA = pytest.mark.parametrize("isa", range(len(build.ISA)), ids=build.ISA)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from arsp.errors import InputError
-from arsp.quant.balance import ChannelRange, balance_scale, hadamard, rotate, rotation_block, rotation_signs
+from arsp.kernels.reference import hadamard, rotate, rotation_block
+from arsp.quant.balance import ChannelRange, balance_scale, rotation_signs
 from arsp.quant.quantiser import Grid, dequantise, quantise_activation, quantise_weight
 from arsp.testing.golden import find_cases
 from arsp.testing.tolerance import assert_close

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from arsp.errors import ConfigError, InputError
-from arsp.quant.balance import balance_scale, rotate, rotation_signs
+from arsp.kernels.reference import rotate
+from arsp.quant.balance import balance_scale, rotation_signs
 from arsp.quant.calibrate import observe
 from arsp.quant.install import find, install, linear_layers, sites
 from arsp.quant.linear import InputFormat, QuantLinear, SimulatedLinear
