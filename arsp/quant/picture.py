@@ -25,6 +25,7 @@ def sensitivity_figure(scores: Scores, chosen: Mapping[str, str], title: str) ->
         faces = [color if chosen[names[row]] == key else "none" for row in rows]
         axes.scatter(values, rows, s=26, facecolors=faces, edgecolors=color, label=key)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, position: f"{value:.0e}")
     axes.set_yticks(range(len(names)), names, fontsize=6)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("KL to the unquantised model, this layer alone (nats)")
