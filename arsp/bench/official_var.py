@@ -88,8 +88,8 @@ def embed(model: VAR, next_BEpp: Tensor, positions_1nC: Tensor) -> Tensor:
 
 def run_block(block: Block, x: Tensor, class_RC: Tensor, shared: Tensor | None, caches: Cache, layer: int, scale: float) -> Tensor:
     gain1, gain2, scale1, scale2, shift1, shift2 = adaln(block, class_RC, shared)
-    x = x + attention(block.attn, norm(x, block.eps).mul(scale1.add(1)).add_(shift1), caches, layer, scale).mul_(gain1)
-    return x + feed_forward(block.ffn, norm(x, block.eps).mul(scale2.add(1)).add_(shift2)).mul(gain2)
+    x = x + attention(block.attn, norm(x, block.norm1.eps).mul(scale1.add(1)).add_(shift1), caches, layer, scale).mul_(gain1)
+    return x + feed_forward(block.ffn, norm(x, block.norm2.eps).mul(scale2.add(1)).add_(shift2)).mul(gain2)
 
 
 def adaln(block: Block, class_RC: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
