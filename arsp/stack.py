@@ -393,8 +393,13 @@ def next_scale_options(config: StackConfig) -> list[str]:
 
 
 def policies(config: StackConfig) -> list[str]:
-    """What ``apply`` names that is not a recipe: attention policies."""
-    return [text for text in config.apply if text not in ON_LOAD]
+    """What ``apply`` names that is not a recipe: attention policies. ConfigError for a name that is neither."""
+    found = [text for text in config.apply if text not in ON_LOAD]
+    for text in found:
+        name = text.partition("=")[0]
+        if name != "litevar":
+            raise ConfigError(f"--apply {text}: unknown transform or policy '{name}'.", f"Known: litevar=PROFILE, {', '.join(ON_LOAD)}")
+    return found
 
 
 def transform_of(config: StackConfig) -> Quantise | None:
@@ -436,9 +441,6 @@ def schedule_rows(config: StackConfig, source: ModelSource) -> list[ScaleRow]:
             raise ConfigError(f"--collab {config.collab}: the big model is not --model {source.name}.", f"Use --model {big}.")
         rows = [*rows[:count], *(row.model_copy(update={"model": small}) for row in rows[count:])]
     for text in policies(config):
-        name = text.partition("=")[0]
-        if name != "litevar":
-            raise ConfigError(f"--apply {text}: unknown transform or policy '{name}'.", f"Known: litevar=PROFILE, {', '.join(ON_LOAD)}")
         rows = _fill(rows, f"--apply {text}", {"attention": text}, lambda row: row.model == "" and row.attention == "dense")
     if config.share:
         rows = _fill(rows, "--share map", {"cfg": "shared"}, lambda row: row.cfg == "full")

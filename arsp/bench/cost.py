@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from arsp.bench.timing import synchronize
 from arsp.models.llamagen import GPTConfig
@@ -40,12 +39,6 @@ def decode_weight_bytes(config: GPTConfig, dtype: torch.dtype = torch.float32) -
     """Bytes of weights that every decode step reads once: all blocks with their norms, the final norm, the head."""
     norms = (2 * config.n_layer + 1) * config.dim
     return (config.n_layer * layer_weights(config) + norms + config.vocab_size * config.dim) * dtype.itemsize
-
-
-def module_bytes(module: nn.Module) -> int:
-    """Bytes of all distinct parameters and buffers."""
-    tensors = {t.data_ptr(): t for t in (*module.parameters(), *module.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def kv_bytes(config: GPTConfig, length: int, rows: int = 1, dtype: torch.dtype = torch.float32) -> int:

@@ -126,7 +126,7 @@ def run(
         advance(1)
         agreement = judge(quantised)
     lines = [_line(name, formats[name], model.module.get_submodule(name), layers.get(name)) for name in formats]
-    return Quantised(export(config, model, formats, layers, kept, path / "bundle"), lines, _bytes(lines, config), agreement, picture)
+    return Quantised(export(config, model, formats, layers, kept, path / "bundle"), lines, _bytes(lines), agreement, picture)
 
 
 def _samples(
@@ -192,7 +192,7 @@ def _line(name: str, format_: Format, layer: nn.Linear, made: QuantisedLayer | N
     }  # fmt: skip
 
 
-def _bytes(lines: list[dict[str, Any]], config: QuantizeConfig) -> dict[str, int]:
+def _bytes(lines: list[dict[str, Any]]) -> dict[str, int]:
     return {"quantised": sum(line["bytes"] for line in lines), "quantised_fp16": sum(line["fp16_bytes"] for line in lines)}
 
 

@@ -10,6 +10,7 @@ from arsp.decode.decoder import RasterDecoder
 from arsp.decode.guidance import Guidance
 from arsp.models.llamagen import GPT, VARIANTS, GPTConfig
 from arsp.protocols import Request
+from arsp.zoo.load import module_bytes
 
 TINY = GPTConfig(dim=32, n_layer=3, n_head=4, vocab_size=48, block_size=16, num_classes=5, multiple_of=32)
 
@@ -56,7 +57,7 @@ def test_module_bytes_counts_shared_storage_once():
     twice = torch.nn.ModuleList([layer, layer])
     twice.append(torch.nn.Linear(8, 4))
     twice[2].weight = layer.weight
-    assert cost.module_bytes(twice) == 4 * (32 + 4 + 4)
+    assert module_bytes(twice) == 4 * (32 + 4 + 4)
 
 
 def test_roofline_is_the_slower_of_memory_and_arithmetic():
