@@ -112,6 +112,8 @@ class Recipe(StrictModel):
     def _parts_agree(self) -> Recipe:
         if self.activations.scales == "static" and self.balance.rotate:
             raise ValueError("activations.scales static: the range of a rotated input is not known from that of its channels")
+        if self.weights.rounding == "awq" and self.balance.alpha is not None:
+            raise ValueError("weights.rounding awq finds channel scales of its own: drop balance.alpha")
         plain = self.weights.rounding == "nearest" and self.balance == BalanceConfig() and self.activations == ActivationConfig()
         if self.simulate and not (plain and self.budget.size is None):
             raise ValueError(f"simulate: {self.simulate} rounds to nearest, without balancing, static scales or a budget")

@@ -88,6 +88,7 @@ def test_an_unknown_recipe_names_the_nearest():
         ({"budget": {"size": "40"}}, "a budget of bytes is written"),
         ({"budget": {"size": "2ms"}}, "a budget of bytes is written"),
         ({"budget": {"size": "2MB", "of": "latency"}}, "a budget of latency is written"),
+        ({"weights": {"rounding": "awq"}, "balance": {"alpha": 0.5}}, "drop balance.alpha"),
         ({"simulate": "fp8"}, "simulate"),
         ({"simulate": "litevar", "balance": {"rotate": True}}, "simulate: litevar rounds to nearest"),
         ({"simulate": "tensor", "weights": {"rounding": "gptq"}}, "simulate: tensor rounds to nearest"),
