@@ -34,15 +34,19 @@ KERNELS_S = 120  # at most, for the timings of kernels
 EMULATED = sorted((ROOT / "tests" / "kernels").glob("test_cuda_*.py"))  # tests of kernels that need no device
 EAGER = ["--random-weights", "--baseline", "eager"]
 CODES_ONLY = ["--no-decode", "--batch-size"]
+RANDOM = ["--random-weights", "--dtype", "bfloat16"]
+DD_L = [f"llamagen-l-256-dd1{more}" for more in ("", ",graphs=true", ",graphs=true,student_steps=2")]
 GPT_B = ["llamagen-b-256", "llamagen-b-256,graphs=true", *EAGER, "--dtype", "bfloat16"]
 GPT_L = ["llamagen-l-256", "llamagen-l-256,graphs=true", *EAGER, "--dtype", "bfloat16"]
 BF16 = "dtype=bfloat16,decoder_dtype=bfloat16"
 VAR = ["var-d16", f"var-d16,{BF16}"]
 TIMINGS = {  # the official way of a VAR is in float32, and a VAR is timed to its images; the others make codes
-    "LlamaGen-L 256, batch 1": [*GPT_L, *CODES_ONLY, "1", "--repeats", "3"],
+    "LlamaGen-L 256 and its DD1 student, batch 1": [*GPT_L, *DD_L, *CODES_ONLY, "1", "--repeats", "3"],
+    "LlamaGen-XXL 384, batch 1": [
+        "llamagen-xxl-384", "llamagen-xxl-384,graphs=true", "--compare", *RANDOM, *CODES_ONLY, "1", "--repeats", "2",
+    ],
     "LlamaGen-3B 384, batch 1: bfloat16 and W4A8": [
-        "llamagen-3b-384,graphs=true", "llamagen-3b-384,graphs=true,apply=w4a8", "--compare", "--random-weights", "--dtype", "bfloat16",
-        *CODES_ONLY, "1", "--repeats", "3",
+        "llamagen-3b-384,graphs=true", "llamagen-3b-384,graphs=true,apply=w4a8", "--compare", *RANDOM, *CODES_ONLY, "1", "--repeats", "3",
     ],
     "LlamaGen-B 256, batch 1": [*GPT_B, *CODES_ONLY, "1", "--repeats", "3"],
     "LlamaGen-B 256, batch 32": [*GPT_B, *CODES_ONLY, "32", "--repeats", "3"],
@@ -51,6 +55,10 @@ TIMINGS = {  # the official way of a VAR is in float32, and a VAR is timed to it
     ],
     "embedded AR and seeded, batch 1": ["llamagen", "llamagen,sampler=seeded", "--compare", *CODES_ONLY, "1"],
     "VAR-d16 256, batch 1": [*VAR, f"var-d16,{BF16},graphs=true", *EAGER, "--batch-size", "1"],
+    "VAR-d16 256 and its DD1 student, codes, batch 1": [
+        "var-d16,graphs=true", "var-d16-dd1", "var-d16-dd1,graphs=true", "--compare", *RANDOM, *CODES_ONLY, "1", "--repeats", "5",
+    ],
+    "VAR-d30 256, codes, batch 1": ["var-d30", "var-d30,graphs=true", "--compare", *RANDOM, *CODES_ONLY, "1", "--repeats", "5"],
     "VAR-d16 256, batch 16": [*VAR, *EAGER, "--parts", "--batch-size", "16"],
     "CoDe VAR-d30:VAR-d16@8, batch 1": [
         f"var-d30,{BF16}", f"var-d30,{BF16},collab=var-d30:var-d16@8", "--compare", "--random-weights", "--batch-size", "1",
@@ -208,19 +216,19 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"torch {env['torch']}, CUDA {env['cuda']}, arsp {env['arsp']}, commit {env['commit']}, {result['started']}. "
         f"Tests marked gpu: {result['tests']['status']} ({result['tests']['summary']}).",
         "",
-        "| what, codes (of a VAR: images) | stack | p50 ms / batch | images/s | passes | peak MB | speed-up |",
-        "|---|---|---|---|---|---|---|",
+        "| what, codes (of a VAR: images) | stack | p50 ms / batch | images/s | passes | peak MB | share of bandwidth | speed-up |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, timing in result["timings"].items():
         if timing["status"] != "ok":
-            lines.append(f"| {name} | {timing['status']}: {timing['reason'].splitlines()[0]} | | | | | |")
+            lines.append(f"| {name} | {timing['status']}: {timing['reason'].splitlines()[0]} | | | | | | |")
             continue
         ratios = {metric["stack"]: metric["value"] for metric in timing["metrics"] if metric["name"] == "speedup"}
         for entry in timing["stacks"]:
             cost, ratio = entry["cost"], ratios.get(entry["name"])
             memory = cost["peak_mem_bytes"]
             cells = [name, entry["name"], f"{cost['latency_ms']['p50']:.1f}", f"{cost['images_per_s']:.2f}", f"{cost['passes']:.0f}"]
-            cells += ["-" if memory is None else f"{memory / 1e6:.0f}", f"{ratio:.2f}x" if ratio else ""]
+            cells += ["-" if memory is None else f"{memory / 1e6:.0f}", bandwidth_share(cost, timing), f"{ratio:.2f}x" if ratio else ""]
             lines.append("| " + " | ".join(cells) + " |")
     kernels = result["kernels"]
     lines += ["", f"Kernels: {kernels['status']}" + (f" ({kernels['reason']})" if "reason" in kernels else "") + "."]
@@ -244,6 +252,13 @@ def to_markdown(result: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, *result["tests"]["failures"]]) + "\n"
+
+
+def bandwidth_share(cost: dict[str, Any], timing: dict[str, Any]) -> str:
+    """The time to read the weights and the valid cache of every pass at the bandwidth of this device, over the time taken."""
+    if "moved_bytes_per_batch" not in cost:
+        return "-"
+    return f"{100 * cost['moved_bytes_per_batch'] / timing['roofline']['bytes_per_s'] / (cost['latency_ms']['p50'] / 1e3):.0f} %"
 
 
 if __name__ == "__main__":

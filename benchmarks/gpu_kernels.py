@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arsp import kernels
 from arsp.bench.timing import measure, speedup
-from arsp.distill.flow import stop_weights
+from arsp.decode.ar import decode_blocks
+from arsp.distill.flow import keyed_noise, prepare_codebook, sample_through_map, stop_weights
 from arsp.errors import EXIT_GATE, EXIT_OK, EXIT_RESOURCE
 from arsp.kernels import reference
 from arsp.kernels.reference import window_mask
+from arsp.protocols import Request
 from arsp.runs import environment, now, write_json
+from arsp.stack import StackConfig, build
 
 CALLS = 24  # of a graph
 COLD_BYTES = 256 << 20  # operands of a graph together: several times the second-level cache of any device there is
@@ -233,8 +237,33 @@ def _flow_map(bench: Bench, name: str, rows: int, codes: int, width: int, top_k:
     return bench.line("flow_map", name, 4 * rows * codes, work, evaluations=evaluations)
 
 
+def bench_trajectories(bench: Bench, model: str = "llamagen-b-256", rows: int = 256) -> Iterator[dict[str, Any]]:
+    """Trajectories of distilled decoding with random weights, per code of the batch; the ratio is the teacher's share of their time. The
+    bytes are the teacher's weights, read once a code. Random weights make flat laws, whose maps need more evaluations than trained ones."""
+    stack = build(StackConfig(model=model, random_weights=True, graphs=bench.device != "cpu"), bench.device, torch.bfloat16)
+    decoder, length = stack.generator.decoder, stack.model.source.layout.num_tokens
+    ids = torch.arange(rows, device=bench.device)
+    request = Request(ids, 0, labels_B=ids % stack.num_classes)
+    book = prepare_codebook(stack.model.codebook_VE)
+    noise = keyed_noise(request, book.vectors_EU.shape[0])
+    counted: list[float] = []
+
+    def through_map() -> None:
+        counted.append(sample_through_map(decoder, request, noise, stack.pipeline, book).stats["flow_nfe"])
+
+    def teacher_alone() -> None:
+        decode_blocks(decoder, request, lambda logits, pipeline, positions: logits[..., 0].long(), stack.pipeline)
+
+    per_code = copy(bench)
+    per_code.calls = length
+    work = {"kernel": through_map, "teacher alone": teacher_alone}
+    line = per_code.line("trajectories", f"{model}, batch {rows}", stack.model.weight_bytes(), work)
+    yield line | {"evaluations": counted[-1]}
+
+
 GROUPS = {
     "linear": bench_linear, "producers": bench_producers, "attention": bench_attention, "verify": bench_verify, "flow_map": bench_flow_map,
+    "trajectories": bench_trajectories,
 }  # fmt: skip
 
 

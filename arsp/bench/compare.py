@@ -16,7 +16,7 @@ from arsp.errors import ConfigError
 from arsp.models.llamagen import GPT
 from arsp.models.var import VAR
 from arsp.runs import check_stop
-from arsp.stack import Stack, labels_for
+from arsp.stack import Stack, labels_for, transform_of
 from arsp.zoo.load import module_bytes
 
 EAGER = "eager official-way loop"
@@ -98,7 +98,7 @@ def known_cost(stack: Stack, batch_size: int, decode: bool) -> dict[str, Any]:
         block["kv_bytes"] = cost.kv_bytes(config, slots, halves * batch_size, dtype)
         if halves == 1 or stack.guidance.interval <= -1:
             block["macs"] = cost.decode_macs(config, rows=halves)
-            if "quantization" not in stack.model.source.card:
+            if "quantization" not in stack.model.source.card and transform_of(stack.config) is None:
                 block["moved_bytes_per_batch"] = cost.decode_bytes(config, rows=halves * batch_size, dtype=dtype)
     elif isinstance(module, VAR):
         steps = stack.steps or plain_steps(module)

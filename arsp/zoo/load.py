@@ -276,7 +276,7 @@ def _cached(card: dict[str, Any], which: str) -> Path | None:
         return local
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(files["repo"], files[which])
+    found = try_to_load_from_cache(files.get(f"{which}_repo", files["repo"]), files[which])
     return Path(found) if isinstance(found, str) else None
 
 
@@ -285,7 +285,8 @@ def _how_to_get(source: ModelSource) -> str:
     if not files:
         return "No checkpoint of it was ever released; arsp bench --random-weights measures its cost."
     folder = cache_root() / "checkpoints"
-    return f"Put {files['model']} and {files['tokenizer']} of huggingface.co/{files['repo']} into {folder}, or give the file as --model."
+    tokenizer = files["tokenizer"] + (f" (of {files['tokenizer_repo']})" if "tokenizer_repo" in files else "")
+    return f"Put {files['model']} and {tokenizer} of huggingface.co/{files['repo']} into {folder}, or give the file as --model."
 
 
 def build_module(source: ModelSource) -> nn.Module:

@@ -80,7 +80,8 @@ def test_with_a_device_the_tables_hold_kernels_and_stacks(run, tmp_path, monkeyp
     line |= {"ratio": 2.9, "low": 2.8, "high": 3.0}
     kernels = {"status": "ok", "lines": [line], "copy_gb_per_s": 4000.0}
     cost = {"latency_ms": {"p50": 10.0}, "images_per_s": 1.0, "passes": 5.0, "peak_mem_bytes": None}
-    timing = {"status": "ok", "stacks": [{"name": "a", "cost": cost}], "metrics": []}
+    stacks = [{"name": "a", "cost": cost | {"moved_bytes_per_batch": 6e6}}, {"name": "b", "cost": cost}]
+    timing = {"status": "ok", "stacks": stacks, "metrics": [], "roofline": {"bytes_per_s": 1e9}}
     monkeypatch.setattr(
         gpu_check, "environment", lambda device: {"gpu": "Some GPU", "torch": "2", "cuda": "13", "arsp": "0", "commit": "c"}
     )
@@ -92,6 +93,7 @@ def test_with_a_device_the_tables_hold_kernels_and_stacks(run, tmp_path, monkeyp
         "| w4a8_linear | 3B, 1 rows | 9.0 | 6.5 | 72 % | bfloat16 | 2.90x [2.80, 3.00] |" in text
         and "Bandwidth of a copy: 4000 GB/s" in text
     )
+    assert "| a | 10.0 | 1.00 | 5 | - | 60 % |" in text and "| b | 10.0 | 1.00 | 5 | - | - |" in text
     assert json.loads((tmp_path / "some-gpu.json").read_text())["kernels"]["lines"] == [line]
     assert run(True, FAILED) == 7
     kernels |= {"status": "failed", "reason": "verify: no"}

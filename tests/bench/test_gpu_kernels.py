@@ -50,6 +50,11 @@ def test_draws_and_flows_run(bench):
     assert 1 <= line["evaluations"] <= 65
 
 
+def test_trajectories_say_what_share_the_teacher_has(bench):
+    ((_, line),) = check(gpu_kernels.bench_trajectories(bench, "llamagen", 2), 1).items()
+    assert line["against"] == "teacher alone" and 0 < line["ratio"] and line["evaluations"] >= 1
+
+
 def test_copies_are_cold_together(bench):
     assert len(bench.copies(1 << 11, object)) == 2 and len(bench.copies(1, object)) == 2, "at most one a call"
     assert len(gpu_kernels.Bench("cpu", calls=9, cold_bytes=100, repeats=1).copies(30, object)) == 4
