@@ -20,14 +20,15 @@ from arsp.kernels import build, cuda, ops, reference
 from arsp.kernels.layouts import TILE, pack_w4_cpu, pack_w8_cpu
 
 __all__ = [
-    "BACKENDS", "GROUP_SIZES", "MAX_ROWS", "OPS", "TILE", "apply_rope", "backends", "cached_attention", "flow_map", "fuses_noise",
-    "gelu_quantize", "integrates_flow", "keyed_argmax", "modulate_quantize", "pack_w4_cpu", "pack_w8_cpu", "quantize_per_token",
-    "rms_norm", "rms_norm_quantize", "set_backend", "skips_windows", "small_linear", "swiglu_quantize", "verify", "w4a8_linear",
-    "w8a8_linear", "windowed_scale_attention",
+    "BACKENDS", "GROUP_SIZES", "MAX_QUERIES", "MAX_ROWS", "OPS", "TILE", "apply_rope", "backends", "cached_attention", "flow_map",
+    "fuses_noise", "gelu_quantize", "integrates_flow", "keyed_argmax", "modulate_quantize", "pack_w4_cpu", "pack_w8_cpu",
+    "quantize_per_token", "reads_lengths", "rms_norm", "rms_norm_quantize", "set_backend", "skips_windows", "small_linear",
+    "swiglu_quantize", "verify", "w4a8_linear", "w8a8_linear", "windowed_scale_attention",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 GROUP_SIZES = (32, 64, 128, -1)  # columns that share a scale in w4a8_linear; -1: all of a row
+MAX_QUERIES = 64  # up to here attention by length is faster than with a mask
 MAX_ROWS = 16  # up to here the weights are what a linear layer waits for; beyond, torch's blocked product is better
 OPS = {  # name -> where its compiled kernel is used
     "small_linear": f"float32 and bfloat16, up to {MAX_ROWS} rows on the CPU without gradient, torch otherwise",
@@ -189,7 +190,7 @@ def apply_rope(x_BnHD: Tensor, table: Tensor) -> Tensor:
 
 
 def cached_attention(
-    q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, k_cache: Tensor, v_cache: Tensor, start: int,
+    q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, k_cache: Tensor, v_cache: Tensor, start: int | Tensor,
     mask: Tensor | None = None, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of few queries to a cache that their own keys and values join first, (B, H, n, Dv).
@@ -197,14 +198,23 @@ def cached_attention(
     Args:
         q_BHnD, k_BHnD, v_BHnD: one dtype. k_cache, v_cache: (B or more, H, capacity, D) of that dtype; slots start .. start + n - 1 of the
             first B rows are written.
-        mask: bool (B or 1, 1, n, start + n), True = seen. None: a query sees the slots up to its own.
+        start: of all rows, or int64 (B) on the device of the tensors: of each row. On a GPU the host need not know it.
+        mask: bool (B or 1, 1, n, start + n), True = seen; for one start only. None: a query sees the slots up to its own.
         scale: of the products before the softmax; None: D^-0.5.
 
-    float32 inside. A query that sees nothing gets NaN. Made for few queries: every head is one thread's work.
+    float32 inside. A query that sees nothing gets NaN. Made for few queries: on the CPU every head is one thread's work.
     """
     applies = q_BHnD.dtype == k_cache.dtype and _applies(q_BHnD, k_BHnD, v_BHnD)
     apply = ops.cached_attention if applies else reference.cached_attention
+    if isinstance(start, Tensor):
+        return apply(q_BHnD, k_BHnD, v_BHnD, k_cache, v_cache, 0, mask, scale, start)
     return apply(q_BHnD, k_BHnD, v_BHnD, k_cache, v_cache, start, mask, scale)
+
+
+def reads_lengths(k_cache: Tensor, queries: int) -> bool:
+    """Whether :func:`cached_attention` of so many queries reads no more than a row holds where rows begin at different slots, and is faster
+    than a mask; the reference makes one."""
+    return queries <= MAX_QUERIES and _applies(k_cache) and (k_cache.is_cpu or cuda.heads_fit(k_cache))
 
 
 def windowed_scale_attention(

@@ -30,6 +30,7 @@ LAUNCHERS = {
     "w4a8_linear": "plppllpllpllipipppillp",
     "w8a8_linear": "plppllplpipppillp",
     "windowed_scale_attention": "pppplllllllllppiillp",
+    "cached_attention": "pppppppplllllllllllllllpllfliiiiiiip",
     "flow_map": "pppppiillipppppppp",
     "keyed_argmax": "pllllpplpp",
     "verify": "plllpffldlpplpppppp",
@@ -47,6 +48,7 @@ LIMITS = {  # op -> where its kernel is used
     "w8a8_linear": "always",
     "w4a8_linear": "groups of 32, 64, 128 or all columns",
     "windowed_scale_attention": "bfloat16, heads of 64, up to 24 scales, torch otherwise",
+    "cached_attention": "bfloat16, heads of up to 128 in multiples of 4, without a mask, torch otherwise",
     "flow_map": "float32, vectors of up to 32 numbers",
     "keyed_argmax": "always",
     "verify": "always",
@@ -56,6 +58,10 @@ WIDTHS = (8, 16, 32)  # of the vectors of flow_map; others are filled up with ze
 MAX_WIDTH = WIDTHS[-1]
 SCRATCH_CODES = 1 << 24  # rows x codes that flow_map lists at once
 HEAD, MAX_SCALES = 64, 24  # of windowed_scale_attention
+MAX_HEAD = 128  # of cached_attention
+QUERIES = 64  # that a block of cached_attention takes
+PART_SLOTS = 320  # least share of a cache that is worth a part of its own: below, the launch that merges parts costs more than they save
+EMULATED_PROCESSORS = 132  # what the emulated device is taken to have
 
 log = logging.getLogger(__name__)
 
@@ -208,6 +214,33 @@ class CudaOps:
         )  # fmt: skip
         return out
 
+    def cached_attention(
+        self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, k_cache: Tensor, v_cache: Tensor, start: int,
+        mask: Tensor | None = None, scale: float | None = None, starts: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        (rows, heads, n, width), capacity = q_BHnD.shape, k_cache.shape[2]
+        piece = 8 if width % 8 == 0 and _fits(k_cache, ALIGNMENT) and _fits(v_cache, ALIGNMENT) else 4
+        fits = mask is None and n > 0 and heads_fit(k_cache, piece) and heads_fit(v_cache, piece) and k_cache.shape == v_cache.shape
+        fits &= all(x.dtype == torch.bfloat16 and x.shape == q_BHnD.shape for x in (q_BHnD, k_BHnD, v_BHnD)) and width == k_cache.shape[3]
+        if starts is None:
+            fits &= 0 <= start <= capacity - n
+        else:
+            fits &= starts.dtype == torch.int64 and starts.shape == (rows,) and starts.device == q_BHnD.device
+        if not fits or len(k_cache) < rows:
+            return reference.cached_attention(q_BHnD, k_BHnD, v_BHnD, k_cache, v_cache, start, mask, scale, starts)
+        out = empty((rows, n, heads, width), q_BHnD.dtype, q_BHnD)
+        q, k, v = (_aligned(x, 2 * piece) for x in (q_BHnD, k_BHnD, v_BHnD))
+        parts, warps = _shares(rows * heads * -(-n // QUERIES), width, capacity, _processors(q.device))
+        values = empty((rows, heads, parts, n, width), torch.float32, q) if parts > 1 else None
+        most = empty((rows, heads, parts, n, 2), torch.float32, q) if parts > 1 else None
+        strides = [stride for x in (q, k, v, k_cache, v_cache) for stride in x.stride()[:3]]
+        self._call(
+            "cached_attention", q, q, k, v, k_cache, v_cache, out, values, most, *strides,
+            starts, 0 if starts is None else starts.stride(0), start, width**-0.5 if scale is None else scale,
+            rows, heads, n, width, capacity, parts, warps, piece,
+        )  # fmt: skip
+        return out.transpose(1, 2)
+
     # ---- flow map
 
     def flow_map(
@@ -244,10 +277,30 @@ def windows_fit(q_BHnD: Tensor, v_GHTD: Tensor, scale_index: int = 0) -> bool:
     return q_BHnD.dtype == torch.bfloat16 and heads_fit and q_BHnD.shape[0] > 0 and scale_index < MAX_SCALES
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """``x`` with rows of neighbouring values that begin at multiples of 16 bytes, in place where they do."""
-    fits = x.stride(-1) == 1 and x.data_ptr() % ALIGNMENT == 0 and all(s * x.element_size() % ALIGNMENT == 0 for s in x.stride()[:-1])
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+def heads_fit(cache: Tensor, piece: int = 4) -> bool:
+    """Whether cached_attention has a kernel for a cache (B, H, capacity, D), read ``piece`` dimensions at a time."""
+    return cache.dtype == torch.bfloat16 and cache.shape[3] % piece == 0 and 0 < cache.shape[3] <= MAX_HEAD and _fits(cache, 2 * piece)
+
+
+def _shares(blocks: int, width: int, capacity: int, processors: int) -> tuple[int, int]:
+    """Parts that the slots of a row are divided into, and warps of a block: few blocks are made more and larger."""
+    parts = max(1, min(processors // max(blocks, 1), capacity // PART_SLOTS))
+    return parts, 16 if width <= 64 and blocks * parts <= processors else 8
+
+
+@lru_cache(maxsize=16)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else EMULATED_PROCESSORS
+
+
+def _fits(x: Tensor, alignment: int) -> bool:
+    """Whether rows of neighbouring values begin at multiples of so many bytes."""
+    return x.stride(-1) == 1 and x.data_ptr() % alignment == 0 and all(s * x.element_size() % alignment == 0 for s in x.stride()[:-1])
+
+
+def _aligned(x: Tensor, alignment: int = ALIGNMENT) -> Tensor:
+    """``x`` with rows that begin at multiples of so many bytes, in place where they do."""
+    return x if _fits(x, alignment) else x.clone(memory_format=torch.contiguous_format)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ def _(x_BnHD: Tensor, table: Tensor) -> Tensor:
 
 torch.library.define(
     "arsp::cached_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, int start, Tensor? mask=None, float? scale=None) -> Tensor",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, int start, Tensor? mask=None, float? scale=None, "
+    "Tensor? starts=None) -> Tensor",
 )
 torch.library.impl("arsp::cached_attention", "CompositeExplicitAutograd", reference.cached_attention)
 
@@ -54,7 +55,7 @@ torch.library.impl("arsp::cached_attention", "CompositeExplicitAutograd", refere
 @torch.library.register_fake("arsp::cached_attention")
 def _(
     q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, k_cache: Tensor, v_cache: Tensor, start: int,
-    mask: Tensor | None = None, scale: float | None = None,
+    mask: Tensor | None = None, scale: float | None = None, starts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     torch._check(q_BHnD.dim() == 4 and v_BHnD.dim() == 4, lambda: "cached_attention: expected tensors (B, H, n, D)")
     B, H, n, _ = q_BHnD.shape

@@ -41,16 +41,28 @@ def apply_rope(x_BnHD: Tensor, table: Tensor) -> Tensor:
 
 def cached_attention(
     q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, k_cache: Tensor, v_cache: Tensor, start: int,
-    mask: Tensor | None = None, scale: float | None = None,
+    mask: Tensor | None = None, scale: float | None = None, starts: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Store k and v at slots ``start ..`` of the first B rows of the caches, then ``softmax(scale q k^T) v`` over all slots up to the last
-    new one where ``mask`` is True; without a mask a query sees the slots up to its own."""
+    new one where ``mask`` is True; without a mask a query sees the slots up to its own. ``starts`` (B): a start for every row."""
     B, n = len(q_BHnD), q_BHnD.shape[2]
-    total = start + n
-    k_cache[:B, :, start:total], v_cache[:B, :, start:total] = k_BHnD, v_BHnD
-    if mask is None and n > 1:
-        mask = torch.ones(n, total, dtype=torch.bool, device=q_BHnD.device).tril(start)
+    if starts is None:
+        total = start + n
+        k_cache[:B, :, start:total], v_cache[:B, :, start:total] = k_BHnD, v_BHnD
+        if mask is None and n > 1:
+            mask = torch.ones(n, total, dtype=torch.bool, device=q_BHnD.device).tril(start)
+    else:
+        row_B1, slots_Bn = torch.arange(B, device=starts.device)[:, None], starts[:, None] + torch.arange(n, device=starts.device)
+        for cache, new_BHnD in ((k_cache, k_BHnD), (v_cache, v_BHnD)):
+            cache[row_B1, :, slots_Bn] = new_BHnD.transpose(1, 2)
+        total = int(slots_Bn.max()) + 1 if slots_Bn.numel() else 0
+        mask = causal_mask(slots_Bn, total)
     return F.scaled_dot_product_attention(q_BHnD, k_cache[:B, :, :total], v_cache[:B, :, :total], attn_mask=mask, scale=scale)
+
+
+def causal_mask(slots_Bn: Tensor, total: int) -> Tensor:
+    """Boolean ``(B, 1, n, total)``: queries at these slots see the slots up to their own."""
+    return (torch.arange(total, device=slots_Bn.device) <= slots_Bn[..., None])[:, None]
 
 
 def windowed_scale_attention(

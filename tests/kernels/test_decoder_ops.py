@@ -92,6 +92,30 @@ def test_cached_attention(compiled, isa, masked):
                 assert found.transpose(1, 2).is_contiguous(), "heads side by side, as the next layer reads them"
 
 
+@EVERY_ISA
+def test_rows_of_different_lengths(compiled, isa):
+    use(compiled, isa)
+    for H, n, D, starts in ((3, 1, 64, [17, 0, 30]), (2, 5, 40, [9, 33]), (1, 20, 100, [3, 17, 0, 20]), (2, 1, 8, [])):
+        starts = torch.tensor(starts, dtype=torch.int64)
+        for dtype in DTYPES:
+            q, k, v, *caches = attention_inputs(len(starts), H, n, D, 40, dtype)
+            for row, start in enumerate(starts):
+                for cache in caches:
+                    cache[row, :, start:] = torch.nan
+            plain = [cache.nan_to_num() for cache in caches]
+            wanted = reference.cached_attention(q, k, v, *plain, 0, None, 0.5, starts)
+            found = ops.cached_attention(q, k, v, *caches, 0, None, 0.5, starts)
+            seen = reference.causal_mask(starts[:, None] + torch.arange(n), 40)
+            keys, values = (cache[: len(starts)].double() for cache in plain)
+            exact = F.scaled_dot_product_attention(q.double(), keys, values, attn_mask=seen, scale=0.5)
+            as_exact_as_torch(found, wanted, exact, f"{H, n, D, starts.tolist()} {dtype} {build.ISA[isa]}")
+            for mine, theirs in zip(caches, plain, strict=True):
+                assert torch.equal(mine.nan_to_num(), theirs), "caches differ"
+            for row, start in enumerate(starts.tolist()):
+                one = ops.cached_attention(*(x[row : row + 1] for x in (q, k, v, *caches)), start, None, 0.5)
+                assert torch.equal(one, found[row : row + 1]), "a row alone"
+
+
 def test_attention_depends_on_neither_the_threads_nor_the_other_rows_and_shows_nan(compiled):
     compiled.use_isa(-1)
     q, k, v, k_cache, v_cache = attention_inputs(4, 12, 4, 64, 900, torch.float32, capacity=1000)
@@ -123,9 +147,13 @@ def test_gradients_and_the_reference_back_end_use_torch(compiled):
     assert x.grad is not None
     q, k, v, k_cache, v_cache = attention_inputs(1, 2, 1, 8, 3, torch.float32)
     fast = kernels.cached_attention(q, k, v, k_cache, v_cache, 3)
+    assert torch.equal(kernels.cached_attention(q, k, v, k_cache, v_cache, torch.tensor([3])), fast)
+    assert not kernels.reads_lengths(k_cache, 65) and kernels.reads_lengths(k_cache, 64)
     try:
         kernels.set_backend("reference")
         assert torch.allclose(kernels.cached_attention(q, k, v, k_cache, v_cache, 3), fast, atol=1e-6)
+        assert torch.allclose(kernels.cached_attention(q, k, v, k_cache, v_cache, torch.tensor([3])), fast, atol=1e-6)
+        assert not kernels.reads_lengths(k_cache, 64)
     finally:
         kernels.set_backend("auto")
 
@@ -137,6 +165,10 @@ def test_wrong_shapes_are_refused(compiled):
         lambda: ops.apply_rope(draw(1, 2, 3, 8), draw(3, 4, 2)),
         lambda: ops.cached_attention(q, k, v, k_cache, v_cache, 40),  # behind the last slot
         lambda: ops.cached_attention(q, k[:, :1], v, k_cache, v_cache, 3),
+        lambda: ops.cached_attention(q, k, v, k_cache, v_cache, 0, None, None, torch.tensor([40])),
+        lambda: ops.cached_attention(q, k, v, k_cache, v_cache, 0, None, None, torch.tensor([-1])),
+        lambda: ops.cached_attention(q, k, v, k_cache, v_cache, 0, None, None, torch.tensor([3, 3])),
+        lambda: ops.cached_attention(q, k, v, k_cache, v_cache, 0, torch.ones(1, 1, 1, 4, dtype=torch.bool), None, torch.tensor([3])),
         lambda: ops.cached_attention(q, k, v, k_cache, v_cache, 3, torch.ones(1, 1, 1, 3, dtype=torch.bool)),
     ):
         with pytest.raises(RuntimeError, match="rms_norm|apply_rope|cached_attention"):
@@ -147,4 +179,6 @@ def test_opcheck_accepts_the_ops(compiled):
     for dtype in DTYPES:
         torch.library.opcheck(ops.rms_norm, (draw(2, 3, 40, dtype=dtype), draw(40, dtype=dtype), 1e-5))
         torch.library.opcheck(ops.apply_rope, (draw(2, 3, 4, 8, dtype=dtype), rope_table(2, 8, 10000.0, 0)[:3]))
-        torch.library.opcheck(ops.cached_attention, (*(x.nan_to_num() for x in attention_inputs(2, 3, 2, 8, 5, dtype)), 5))
+        inputs = [x.nan_to_num() for x in attention_inputs(2, 3, 2, 8, 5, dtype)]
+        torch.library.opcheck(ops.cached_attention, (*inputs, 5))
+    torch.library.opcheck(ops.cached_attention, (*inputs, 0, None, None, torch.tensor([5, 2])))

@@ -55,7 +55,11 @@ class Target:
             self.ops.library.arsp_emulate_order(self.order)
             return getattr(self.ops, name)(*arguments)
         moved = [value.cuda() if isinstance(value, torch.Tensor) else value for value in arguments]
-        found = getattr(torch.ops.arsp, name)(*moved)
+        op = getattr(torch.ops.arsp, name).default
+        found = op(*moved)
+        for value, there, argument in zip(arguments, moved, op._schema.arguments, strict=False):
+            if argument.alias_info is not None:  # the op writes to it
+                value.copy_(there)
         return found.cpu() if isinstance(found, torch.Tensor) else tuple(x.cpu() for x in found)
 
 

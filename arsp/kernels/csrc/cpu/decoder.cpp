@@ -40,8 +40,10 @@ struct Attention {
   View<T> q, k, v, k_cache, v_cache, out;
   const bool* mask;  // or null: each query sees the slots up to its own
   int64_t mask_row, mask_query, mask_key;
+  const int64_t* starts;  // of each row, or null: all begin at `start`
   int64_t queries, start, D, Dv;
   float scale;
+  int64_t start_of(int64_t row) const { return starts == nullptr ? start : starts[row]; }
 };
 
 #define ARSP_BLOCK "decoder_block.h"
@@ -115,7 +117,8 @@ at::Tensor apply_rope(const at::Tensor& x, const at::Tensor& table) {
 }
 
 at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::Tensor k_cache, at::Tensor v_cache,
-                            int64_t start, const std::optional<at::Tensor>& mask, std::optional<double> scale) {
+                            int64_t start, const std::optional<at::Tensor>& mask, std::optional<double> scale,
+                            const std::optional<at::Tensor>& starts) {
   const char* const name = "cached_attention";
   for (const at::Tensor* t : {&q, &k, &v, &static_cast<const at::Tensor&>(k_cache), &static_cast<const at::Tensor&>(v_cache)}) {
     TORCH_CHECK(t->dim() == 4, name, ": expected tensors (B, H, n, D), got ", t->sizes());
@@ -124,16 +127,26 @@ at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& k, const at::
   const int64_t B = q.size(0), H = q.size(1), n = q.size(2), D = q.size(3), Dv = v.size(3);
   TORCH_CHECK(k.sizes() == q.sizes() && v.size(0) == B && v.size(1) == H && v.size(2) == n, name, ": q ", q.sizes(), ", k ", k.sizes(),
               ", v ", v.sizes(), " differ");
+  at::Tensor starts_c;
+  int64_t least = start, most = start;
+  if (starts) {
+    TORCH_CHECK(starts->scalar_type() == at::kLong && starts->dim() == 1 && starts->size(0) == B && !mask, name,
+                ": expected starts int64 (", B, ") and no mask, got ", starts->scalar_type(), " ", starts->sizes());
+    starts_c = starts->contiguous();
+    const int64_t* each = starts_c.const_data_ptr<int64_t>();
+    least = B ? *std::min_element(each, each + B) : 0;
+    most = B ? *std::max_element(each, each + B) : 0;
+  }
   for (const auto& [cache, width] : {std::pair(&k_cache, D), std::pair(&v_cache, Dv)})
-    TORCH_CHECK(cache->size(0) >= B && cache->size(1) == H && cache->size(3) == width && start >= 0 && start + n <= cache->size(2) &&
+    TORCH_CHECK(cache->size(0) >= B && cache->size(1) == H && cache->size(3) == width && least >= 0 && most + n <= cache->size(2) &&
                     (cache->stride(3) == 1 || width <= 1),
-                name, ": slots ", start, "..", start + n, " of ", B, " rows do not fit a cache ", cache->sizes());
+                name, ": slots ", least, "..", most + n, " of ", B, " rows do not fit a cache ", cache->sizes());
   TORCH_CHECK(!mask || (mask->scalar_type() == at::kBool && mask->dim() == 4 && (mask->size(0) == B || mask->size(0) == 1) &&
                         mask->size(1) == 1 && mask->size(2) == n && mask->size(3) == start + n),
               name, ": expected a mask bool (B | 1, 1, ", n, ", ", start + n, ")");
   at::Tensor out = at::empty({B, n, H, Dv}, q.options()).transpose(1, 2);
   const at::Tensor q_c = adjacent(q), k_c = adjacent(k), v_c = adjacent(v);
-  const int64_t products = std::max<int64_t>(1, n * (start + n) * (D + Dv));
+  const int64_t products = std::max<int64_t>(1, n * (most + n) * (D + Dv));
   dispatch(q.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto view = [](const at::Tensor& t) { return View<T>{t.data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)}; };
@@ -142,12 +155,13 @@ at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& k, const at::
                             mask && mask->size(0) > 1 ? mask->stride(0) : 0,
                             mask ? mask->stride(2) : 0,
                             mask ? mask->stride(3) : 0,
+                            starts ? starts_c.const_data_ptr<int64_t>() : nullptr,
                             n, start, D, Dv,
                             static_cast<float>(scale.value_or(1 / std::sqrt(static_cast<double>(std::max<int64_t>(1, D)))))};
     const auto version = ARSP_VERSION(attend_head<T>);
     at::parallel_for(0, B * H, std::max<int64_t>(1, worth_a_thread(kThreadProducts) / products), [&](int64_t begin, int64_t end) {
       thread_local std::vector<float> scratch;
-      scratch.resize(std::max<size_t>(scratch.size(), kQueries * (D + start + n + 2 * kMostLanes)));
+      scratch.resize(std::max<size_t>(scratch.size(), kQueries * (D + most + n + 2 * kMostLanes)));
       for (int64_t i = begin; i < end; ++i) version(task, i / H, i % H, scratch.data());
     });
   });

@@ -150,7 +150,7 @@ ARSP_TARGET inline void weigh(const float* weights, int64_t stride, const T* v, 
 // Q queries from `first` on, of one row and head.
 template <int Q, typename T>
 ARSP_TARGET void attend(const Attention<T>& task, int64_t row, int64_t head, int64_t first, float* scratch) {
-  const int64_t D = task.D, num = task.start + task.queries;
+  const int64_t D = task.D, start = task.start_of(row), num = start + task.queries;
   const int64_t width = (D + ARSP_LANES - 1) / ARSP_LANES * ARSP_LANES, stride = (num + ARSP_LANES - 1) / ARSP_LANES * ARSP_LANES;
   float *queries = scratch, *scores = scratch + Q * width, scale[Q];
   const T *k = task.k_cache.at(row, head, 0), *v = task.v_cache.at(row, head, 0);
@@ -161,7 +161,7 @@ ARSP_TARGET void attend(const Attention<T>& task, int64_t row, int64_t head, int
   for (int64_t t = 0; t < num; t += ARSP_LANES / Q) score<Q>(queries, width, k, task.k_cache.step, task.k_cache.head, D, t, num - 1, scores, stride);
   for (int i = 0; i < Q; ++i) {
     float* own = scores + i * stride;
-    const int64_t seen = task.mask == nullptr ? task.start + first + i + 1 : num;
+    const int64_t seen = task.mask == nullptr ? start + first + i + 1 : num;
     std::fill(own + seen, own + stride, -std::numeric_limits<float>::infinity());
     if (task.mask != nullptr) {
       const bool* mask = task.mask + row * task.mask_row + (first + i) * task.mask_query;
@@ -195,9 +195,10 @@ ARSP_TARGET void attend(const Attention<T>& task, int64_t row, int64_t head, int
 // All queries of one row and head, after its new keys and values are stored.
 template <typename T>
 ARSP_TARGET void attend_head(const Attention<T>& task, int64_t row, int64_t head, float* scratch) {
+  const int64_t start = task.start_of(row);
   for (int64_t i = 0; i < task.queries; ++i) {
-    std::memcpy(task.k_cache.at(row, head, task.start + i), task.k.at(row, head, i), task.D * sizeof(T));
-    std::memcpy(task.v_cache.at(row, head, task.start + i), task.v.at(row, head, i), task.Dv * sizeof(T));
+    std::memcpy(task.k_cache.at(row, head, start + i), task.k.at(row, head, i), task.D * sizeof(T));
+    std::memcpy(task.v_cache.at(row, head, start + i), task.v.at(row, head, i), task.Dv * sizeof(T));
   }
   int64_t first = 0;
   for (; first + kQueries <= task.queries; first += kQueries) attend<kQueries>(task, row, head, first, scratch);
