@@ -14,6 +14,7 @@ from torch import Tensor
 
 from arsp.decode.guidance import Guidance
 from arsp.errors import ConfigError, UsageError
+from arsp.kernels import reads_lengths
 from arsp.models.attention import AttentionContext, DensePolicy, KVCache
 from arsp.models.llamagen import GPT, prefix_mask
 from arsp.protocols import Capabilities, Layout, Nodes, Request
@@ -174,8 +175,7 @@ class RasterDecoder:
             state.uniform += n
         else:
             positions = (P + state.lengths_B[:, None] + offsets).repeat(2 if guided else 1, 1)
-            mask = ragged_mask(state.caption_mask_RP, positions, int(positions.max()) + 1)
-            h = self._pass(state, h, positions_Rn=positions, mask=mask)
+            h = self._pass(state, h, positions_Rn=positions, total=P + longest + n)
         state.lengths_B = state.lengths_B + n
         return self._guide(self.model.head(h), guided, tokens)
 
@@ -204,19 +204,25 @@ class RasterDecoder:
 
     def _pass(
         self, state: RasterState, h_RnC: Tensor, *, start: int | None = None, positions_Rn: Tensor | None = None,
-        slots_Rn: Tensor | None = None, mask: Tensor | None = None,
+        total: int | None = None, slots_Rn: Tensor | None = None, mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """All blocks: new keys from slot ``start`` on, or where each row says (rotary position and slot differ inside a tree)."""
+        """All blocks: new keys from slot ``start`` on, or where each row says, of ``total`` slots. Rotary position and slot differ inside a
+        tree, which comes with a mask."""
         R, n = h_RnC.shape[:2]
         table = self.model.rope_table(h_RnC.device)
+        by_length = mask is None and state.caption_mask_RP is None and reads_lengths(state.cache.k[0], n)
         if start is not None:
             total, rope = start + n, table[start : start + n]
-            mask = _uniform_mask(state.caption_mask_RP, R, n, start, h_RnC.device)
+            mask = None if by_length else _uniform_mask(state.caption_mask_RP, R, n, start, h_RnC.device)
         else:
-            total, rope = mask.shape[-1], table[positions_Rn]
+            rope = table[positions_Rn]
+            if mask is not None:
+                total = mask.shape[-1]
+            elif not by_length:
+                mask = ragged_mask(state.caption_mask_RP, positions_Rn, total)
         ctx = AttentionContext(
             total=total, mask=mask, is_causal=mask is None and n > 1, cache=state.cache, start=start,
-            positions_Bn=positions_Rn if slots_Rn is None else slots_Rn,
+            positions_Bn=positions_Rn if slots_Rn is None else slots_Rn, by_length=by_length,
         )  # fmt: skip
         state.passes += 1
         state.peak_kv_bytes = max(state.peak_kv_bytes, state.cache.bytes(total))

@@ -2,9 +2,10 @@
 
 A graph needs the same memory every time, so what a state holds is made once a batch size and lent to one state after another.
 
-- Raster: codes and lengths are copied into fixed tensors, and a pass sees a fixed number of slots, rounded up to ``SLOTS``, of which a mask
-  hides what is not known yet. One graph for every (codes a row, slots, guided): plain sampling needs one for every SLOTS positions, a mode
-  of the verify family one for every width of its window beside them. The condition, captions and passes over trees run without a graph.
+- Raster: codes and lengths are copied into fixed tensors. One graph for every (codes a row, guided): plain sampling needs one, a mode of
+  the verify family one for every width of its window. Where attention cannot read the lengths on the device
+  (:func:`arsp.kernels.reads_lengths`), a pass sees a fixed number of slots, rounded up to ``SLOTS``, under a mask, with a graph for each.
+  The condition, captions and passes over trees run without a graph.
 - Next-scale: one graph a scale, from the codes of the scale before to the logits. The first image of a batch size runs as it always
   does, and its passes are captured beside it.
 - Students: one graph a batch size.
@@ -23,11 +24,12 @@ from arsp.decode.decoder import RasterDecoder, RasterState, ragged_mask
 from arsp.decode.guidance import Guidance
 from arsp.decode.next_scale import NextScaleDecoder, ScaleState
 from arsp.errors import ConfigError
+from arsp.kernels import reads_lengths
 from arsp.models.attention import AttentionContext, DensePolicy, KVCache
 from arsp.models.llamagen import GPT
 from arsp.protocols import Request
 
-SLOTS = 64  # a pass reads the cache up to a multiple of this
+SLOTS = 64  # a pass with a mask reads the cache up to a multiple of this
 
 
 Capture = Callable[..., Callable[..., Any]]  # (work, inputs, warm) -> what replays it
@@ -93,7 +95,9 @@ class GraphedDecoder(RasterDecoder):
         longest = state.uniform if state.uniform is not None else int(state.lengths_B.max())
         lowest = longest if state.uniform is not None else int(state.lengths_B.min())
         self._room(state, longest + n)
-        total = min(-(-(P + longest + n) // SLOTS) * SLOTS, state.cache.capacity)
+        total = state.cache.capacity
+        if not reads_lengths(state.cache.k[0], n):
+            total = min(-(-(P + longest + n) // SLOTS) * SLOTS, total)
         guided = self.guidance.active and lowest + 1 <= self.guidance.last_guided
         key, inputs = (n, total, guided), (codes_Bn, state.lengths_B)
         if key not in self._graphs:
@@ -110,7 +114,9 @@ class GraphedDecoder(RasterDecoder):
         tokens_Bn = lengths_B[:, None] + torch.arange(codes_Bn.shape[1], device=codes_Bn.device)
         positions_Rn = (self.model.config.cls_token_num + tokens_Bn).repeat(2 if guided else 1, 1)
         rope = self.model.rope_table(codes_Bn.device)[positions_Rn]
-        ctx = AttentionContext(total=total, mask=ragged_mask(None, positions_Rn, total), cache=self._cache, positions_Bn=positions_Rn)
+        by_length = reads_lengths(self._cache.k[0], codes_Bn.shape[1])
+        mask = None if by_length else ragged_mask(None, positions_Rn, total)
+        ctx = AttentionContext(total=total, mask=mask, cache=self._cache, positions_Bn=positions_Rn, by_length=by_length)
         h = self.model.backbone(self._embed(codes_Bn, guided), rope, ctx, self.policy)
         return self._guide(self.model.head(h), guided, tokens_Bn + 1)
 

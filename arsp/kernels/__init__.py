@@ -28,7 +28,7 @@ __all__ = [
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
 GROUP_SIZES = (32, 64, 128, -1)  # columns that share a scale in w4a8_linear; -1: all of a row
-MAX_QUERIES = 64  # up to here attention by length is faster than with a mask
+MAX_QUERIES = {"cpu": 32, "cuda": 64}  # a row: up to here cached_attention without a mask is not slower than torch's attention
 MAX_ROWS = 16  # up to here the weights are what a linear layer waits for; beyond, torch's blocked product is better
 OPS = {  # name -> where its compiled kernel is used
     "small_linear": f"float32 and bfloat16, up to {MAX_ROWS} rows on the CPU without gradient, torch otherwise",
@@ -212,9 +212,9 @@ def cached_attention(
 
 
 def reads_lengths(k_cache: Tensor, queries: int) -> bool:
-    """Whether :func:`cached_attention` of so many queries reads no more than a row holds where rows begin at different slots, and is faster
-    than a mask; the reference makes one."""
-    return queries <= MAX_QUERIES and _applies(k_cache) and (k_cache.is_cpu or cuda.heads_fit(k_cache))
+    """Whether :func:`cached_attention` without a mask is the way for so many queries a row: it reads what each row holds. The reference
+    makes a mask in every layer, and for more queries torch's attention is better."""
+    return queries <= MAX_QUERIES.get(k_cache.device.type, 0) and _applies(k_cache) and (k_cache.is_cpu or cuda.heads_fit(k_cache))
 
 
 def windowed_scale_attention(

@@ -108,6 +108,8 @@ class AttentionContext:
     """One pass: where new keys go, how many slots are visible, and which of them each query may see.
 
     ``mask`` is boolean, True = may see, ``(B | 1, 1, n, total)``; None with ``is_causal`` False means everything is visible.
+    With ``by_length`` there is no mask and every query sees the slots of its row up to its own: new keys have n slots from ``start`` or
+    ``positions_Bn[:, 0]`` on (raster models, where :func:`arsp.kernels.reads_lengths` says so).
     ``scale`` multiplies the logits (None: D^-0.5). With ``scales`` (next-scale models: first and last scale of the pass, and the
     sides of all scales) the queries of each scale see the scales up to their own; ``keep`` False: the new keys are not stored;
     ``shares`` (one a layer; empty: none) says what the null half of the rows takes over from the conditional half: ``none``, ``map``
@@ -120,6 +122,7 @@ class AttentionContext:
     cache: KVCache | None = None
     start: int | None = None
     positions_Bn: Tensor | None = None
+    by_length: bool = False
     scale: float | None = None
     scales: tuple[int, int] | None = None
     sides: tuple[int, ...] = ()
@@ -146,9 +149,10 @@ class DensePolicy:
         return "none"
 
     def attend(self, q_BHnD: Tensor, k_BHnD: Tensor, v_BHnD: Tensor, layer: int, ctx: AttentionContext) -> Tensor:
-        if q_BHnD.shape[2] <= MAX_ROWS and ctx.start is not None and ctx.cache is not None and ctx.scales is None:
-            cache = ctx.cache  # raster: without a mask every query sees what is before it
-            return cached_attention(q_BHnD, k_BHnD, v_BHnD, cache.k[layer], cache.v[layer], ctx.start, ctx.mask, ctx.scale)
+        few = q_BHnD.shape[2] <= MAX_ROWS and ctx.start is not None and ctx.cache is not None and ctx.scales is None
+        if ctx.by_length or few:  # raster: without a mask every query sees what is before it
+            keys, values, start = ctx.cache.k[layer], ctx.cache.v[layer], ctx.positions_Bn[:, 0] if ctx.start is None else ctx.start
+            return cached_attention(q_BHnD, k_BHnD, v_BHnD, keys, values, start, ctx.mask, ctx.scale)
         k_BHnD, v_BHnD = visible(k_BHnD, v_BHnD, layer, ctx)
         if ctx.scales is None and ctx.mask is not None and q_BHnD.requires_grad and q_BHnD.device.type == "cpu":
             # note: torch's masked attention on the CPU takes 2.7 times as long backward in bfloat16 as in float32
