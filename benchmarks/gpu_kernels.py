@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,7 +29,7 @@ from arsp.decode.ar import decode_blocks
 from arsp.distill.flow import keyed_noise, prepare_codebook, sample_through_map, stop_weights
 from arsp.errors import EXIT_GATE, EXIT_OK, EXIT_RESOURCE
 from arsp.kernels import reference
-from arsp.kernels.reference import window_mask
+from arsp.kernels.reference import causal_mask, window_mask
 from arsp.protocols import Request
 from arsp.runs import environment, now, write_json
 from arsp.stack import StackConfig, build
@@ -46,7 +47,14 @@ PRODUCERS = ((2, 3200), (512, 1920), (4096, 1920))  # rows, columns
 SIDES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 ATTENTION = [(pixels, batch, r) for pixels in (256, 512) for batch in (8, 32) for r in (1, 2)]  # both guidance halves: twice the rows
 HEADS, HEAD_DIM = 16, 64  # VAR-d16
+FUSED = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION")  # back ends of torch's attention
 WINDOW, CODES, BATCHES = 16, 16384, (1, 8, 32)
+DECODERS = {"LlamaGen-XL": (20, 64), "LlamaGen-3B": (32, 100)}  # heads and their width
+DECODE = [  # model, batch (both guidance halves: twice the rows), slots of a cache, queries, whether rows hold different numbers of slots
+    (model, batch, slots, queries, ragged)
+    for model, batches in (("LlamaGen-XL", BATCHES), ("LlamaGen-3B", (8,)))
+    for batch in batches for slots in (256, 1024) for queries in (1, WINDOW + 1) for ragged in (False, True)
+]  # fmt: skip
 LAWS = {"plain": (1.0, 0, 1.0), "top-k 2000": (1.0, 2000, 1.0), "top-k 2000, top-p 0.95": (1.0, 2000, 0.95)}
 FLOWS = {"LlamaGen, batch 256": (256, 16384, 8, 8000), "VAR, 4096 rows": (4096, 4096, 32, 900)}  # rows, codes, width, top-k
 
@@ -190,15 +198,61 @@ def _attention(bench: Bench, pixels: int, batch: int, r: int) -> dict[str, Any]:
     data = bench.copies(size, lambda: (make(queries) / 8, make(total), make(total)))
     windows = torch.full((HEADS, s + 1), r, dtype=torch.int32, device=bench.device)
     work = {"kernel": bench.graph(lambda x: kernels.windowed_scale_attention(*x, windows, sides, s), data)}
-    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-        try:
-            with sdpa_kernel(getattr(SDPBackend, name)):
-                dense = partial(F.scaled_dot_product_attention, scale=1.0)
-                work[name.lower()] = bench.graph(lambda x, dense=dense: dense(*x), data)
-        except RuntimeError:
-            continue  # this build of torch or this device has no such back end
+    work |= _dense(bench, lambda x: F.scaled_dot_product_attention(*x, scale=1.0), data, (*FUSED, "MATH"))
     kept = window_mask(windows[:1].cpu(), sides, s).float().mean().item()
     return bench.line("windowed_scale_attention", f"{pixels} px, batch {batch}, r = {r}", size, work, kept=kept)
+
+
+def _dense(
+    bench: Bench, call: Callable[[Any], Any], data: list[Any], back_ends: tuple[str, ...], more: str = ""
+) -> dict[str, Callable[[], Any]]:
+    """A call of torch's attention by each of these back ends."""
+    work = {}
+    for name in back_ends:
+        try:
+            with sdpa_kernel(getattr(SDPBackend, name)):
+                work[name.lower() + more] = bench.graph(call, data)
+        except RuntimeError:
+            continue  # this build of torch or this device has no such back end, or not for these arguments
+    return work
+
+
+def bench_decode_attention(bench: Bench, cases: list[tuple[str, int, int, int, bool]] = DECODE) -> Iterator[dict[str, Any]]:
+    """Storing the new keys and values and attending to a cache, against the same in torch: index_put and attention with a mask where rows
+    differ; where they do not, a copy and attention without a mask, or with the causal one that flash has, too."""
+    for case in cases:
+        yield _decode_attention(bench, *case)
+
+
+def _decode_attention(bench: Bench, model: str, batch: int, slots: int, queries: int, ragged: bool) -> dict[str, Any]:
+    (heads, width), rows, on = DECODERS[model], 2 * batch, {"device": bench.device}
+    start = slots - queries
+    starts = torch.linspace(start // 2 if ragged else start, start, rows, **on).long()
+    place, row = starts[:, None] + torch.arange(queries, **on), torch.arange(rows, **on)[:, None]
+    mask = causal_mask(place, slots)
+    causal = causal_lower_right(queries, slots) if queries > 1 else None
+
+    def make() -> tuple[torch.Tensor, ...]:
+        new = [torch.randn(rows, queries, heads, width, dtype=torch.bfloat16, **on).transpose(1, 2) for _ in range(3)]
+        return *new, *(torch.randn(rows, heads, slots, width, dtype=torch.bfloat16, **on) for _ in range(2))
+
+    def masked(x: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        q, k, v, k_cache, v_cache = x
+        k_cache[row, :, place], v_cache[row, :, place] = k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=mask)
+
+    def whole(x: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        q, k, v, k_cache, v_cache = x
+        k_cache[:, :, start:], v_cache[:, :, start:] = k, v
+        return F.scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=causal)
+
+    step = 2 * heads * width  # bytes of a slot, keys or values
+    size = 2 * step * int(starts.sum()) + 6 * step * rows * queries  # slots that rows hold; new ones in, stored; queries and results
+    data = bench.copies(4 * rows * heads * slots * width, make)
+    work = {"kernel": bench.graph(lambda x: kernels.cached_attention(*x, starts), data)}
+    work |= _dense(bench, masked, data, FUSED, ", mask") | ({} if ragged else _dense(bench, whole, data, FUSED))
+    case = f"{model}, batch {batch}, {slots} slots, {queries} queries, {'half to all of them held' if ragged else 'all held'}"
+    return bench.line("cached_attention", case, size, work)
 
 
 def bench_verify(bench: Bench, batches: tuple[int, ...] = BATCHES, codes: int = CODES) -> Iterator[dict[str, Any]]:
@@ -262,8 +316,8 @@ def bench_trajectories(bench: Bench, model: str = "llamagen-b-256", rows: int = 
 
 
 GROUPS = {
-    "linear": bench_linear, "producers": bench_producers, "attention": bench_attention, "verify": bench_verify, "flow_map": bench_flow_map,
-    "trajectories": bench_trajectories,
+    "linear": bench_linear, "producers": bench_producers, "attention": bench_attention, "decode attention": bench_decode_attention,
+    "verify": bench_verify, "flow_map": bench_flow_map, "trajectories": bench_trajectories,
 }  # fmt: skip
 
 

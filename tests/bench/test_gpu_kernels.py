@@ -44,6 +44,14 @@ def test_attention_names_the_share_of_pairs_and_the_fastest_dense_one(bench, mon
     assert 0 < line["kept"] < 1 and line["against"] == min(line["others_us"], key=line["others_us"].get)
 
 
+def test_attention_to_a_cache_counts_the_slots_that_rows_hold(bench, monkeypatch):
+    monkeypatch.setitem(gpu_kernels.DECODERS, "toy", (2, 8))
+    lines = check(gpu_kernels.bench_decode_attention(bench, [("toy", 1, 20, 3, False), ("toy", 1, 20, 1, True)]), 2)
+    whole, ragged = lines.values()
+    assert whole["bytes"] == 2 * 2 * 8 * (2 * (17 + 17) + 6 * 2 * 3) and any("mask" not in name for name in whole["others_us"])
+    assert ragged["bytes"] == 2 * 2 * 8 * (2 * (9 + 19) + 6 * 2 * 1) and all("mask" in name for name in ragged["others_us"])
+
+
 def test_draws_and_flows_run(bench):
     assert len(check(gpu_kernels.bench_verify(bench, (1,), 100), 4)) == 4
     ((_, line),) = check(gpu_kernels.bench_flow_map(bench, {"toy": (3, 50, 8, 20)}), 1).items()
