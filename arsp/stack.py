@@ -37,6 +37,7 @@ from arsp.decode.planner import WindowPlanner, measured
 from arsp.decode.schedule import ScaleRow, ScaleStep, describe_rows, load_schedule, parse_collab
 from arsp.decode.smooth import SmoothGenerator
 from arsp.errors import ConfigError, InputError, nearest
+from arsp.models.compiled import compile_blocks, require_compiler
 from arsp.protocols import Generation, Generator, Request
 from arsp.quant.linear import SimulatedLinear
 from arsp.quant.recipe import RECIPES
@@ -86,6 +87,7 @@ class StackConfig(StrictModel):
     share: Literal["map"] | None = Field(None, description="guidance halves share the attention maps at every scale")
     more_smooth: bool = Field(False, description="Gumbel-smoothed vectors instead of codes (next-scale; pictures, never metrics)")
     graphs: bool = Field(False, description="replay passes as CUDA graphs (--device cuda)")
+    compile: bool = Field(False, description="run the blocks of the transformer through torch.compile")
     image_size: int | None = Field(None, ge=1, description="bicubic resize of the decoder's output before uint8")
     decoder_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="precision of the tokenizer's decoder")
     decoder_channels_last: bool | None = Field(None, description="its memory layout (default: where it is faster)")
@@ -500,14 +502,18 @@ def build(
             else (_baseline(config, model, decoder, pipeline, ar, log), f"{source.label} {config.baseline}")
         )
     pixel_decoder = None if model.tokenizer is None else prepare_decoder(model.tokenizer, **decoder_options(config))
-    smooth = "more-smooth" if rows and config.more_smooth else None
-    graphs = "graphs" if config.graphs else None
-    name = " + ".join([name, *(part for part in (config.collab, config.schedule, config.share, *config.apply, smooth, graphs) if part)])
+    flags = [flag for flag in ("more_smooth", "graphs", "compile") if getattr(config, flag)]
+    named = (config.collab, config.schedule, config.share, *config.apply, *(flag.replace("_", "-") for flag in flags))
+    name = " + ".join([name, *(part for part in named if part)])
     if config.decoder_dtype != "float32":
         name = f"{name} + {config.decoder_dtype} decoder"
     stack = Stack(config, name, model, generator, torch.device(device), pipeline, guidance, pixel_decoder, rows, steps)
     if decoder_options(config):
         stack.require_decoder()
+    if config.compile:
+        require_compiler(device, "compile=true")
+        for module in {id(module): module for module in (*stack.modules(), (teacher or model).module)}.values():
+            compile_blocks(module)
     return stack
 
 

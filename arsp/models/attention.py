@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +165,18 @@ class DensePolicy:
                 q_BHnD, k_BHnD, v_BHnD, attn_mask=ctx.mask, is_causal=ctx.is_causal, scale=ctx.scale
             )  # fmt: skip
         return by_scale(q_BHnD, k_BHnD, v_BHnD, ctx, lambda scale, q, k, v: dense_attention(q, k, v, ctx.scale))
+
+
+def call(policy: DensePolicy, *arguments: Any) -> Tensor:
+    return policy.attend(*arguments)
+
+
+outside = call  # of compiled code: compile_blocks says how
+
+
+def attend(policy: DensePolicy, *arguments: Any) -> Tensor:
+    """``policy.attend(...)``; no part of what is compiled (:mod:`arsp.models.compiled`)."""
+    return outside(policy, *arguments) if torch.compiler.is_compiling() else policy.attend(*arguments)
 
 
 def visible(k_BHnD: Tensor, v_BHnD: Tensor, layer: int, ctx: AttentionContext) -> tuple[Tensor, Tensor]:

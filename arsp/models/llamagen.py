@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from arsp.errors import ConfigError
 from arsp.kernels import apply_rope, rms_norm
-from arsp.models.attention import AttentionContext, DensePolicy, Linear
+from arsp.models.attention import AttentionContext, DensePolicy, Linear, attend
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Attention(nn.Module):
         B, n, C = x_BnC.shape
         qk, v = self.wqkv(x_BnC).view(B, n, 3 * self.n_head, self.head_dim).split((2 * self.n_head, self.n_head), dim=2)
         q, k = apply_rope(qk, rope).chunk(2, dim=2)
-        out = policy.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), layer, ctx)
+        out = attend(policy, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), layer, ctx)
         return self.resid_dropout(self.wo(out.transpose(1, 2).reshape(B, n, C)))
 
 

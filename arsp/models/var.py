@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arsp.errors import ConfigError
-from arsp.models.attention import AttentionContext, DensePolicy, Linear
+from arsp.models.attention import AttentionContext, DensePolicy, Linear, attend
 from arsp.tokenizers.var_vqvae import PATCH_NUMS, check_patch_nums
 
 DERIVED_KEYS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")  # last part of official buffer names that configurations imply
@@ -290,7 +290,7 @@ class Attention(nn.Module):
             length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
             qk = (qk * (torch.cat((sharpness, torch.ones_like(sharpness)), dim=1) / length)).type_as(v)
         q, k = qk.chunk(2, dim=1)
-        out = self.proj(policy.attend(q, k, v, layer, ctx).transpose(1, 2).flatten(2))
+        out = self.proj(attend(policy, q, k, v, layer, ctx).transpose(1, 2).flatten(2))
         return torch.cat((out, out)) if share == "output" else out
 
     def _project(self, x_RnC: Tensor, first: int, stop: int) -> Tensor:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from arsp.errors import ConfigError, ResourceError
+from arsp.errors import ConfigError
+from arsp.models.compiled import require_compiler
 
 DTYPES = ("float32", "bfloat16", "float16")
 PIXELS_AT_ONCE = 1 << 19  # 8 images of 256 px: the released decoders hold about 0.2 GB of float32 activations for each of them
@@ -55,7 +56,8 @@ def prepare_decoder(
     ``dtype``: float32, bfloat16 or float16 of the convolutions. ``channels_last``: their memory layout (default: on the CPU, and in 16
     bits anywhere); in float32 it is that of the tokenizer's own weights from then on (the same numbers up to rounding), another
     precision is a copy. ``compile``: through ``torch.compile`` at the first image of each batch size. ``chunk``: images at a time
-    (default: as many as have half a million pixels). ConfigError: a precision without convolutions, or a chunk below 1.
+    (default: as many as have half a million pixels). ConfigError: a precision without convolutions, or a chunk below 1. ResourceError:
+    torch.compile does not work here.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"decoder precision {dtype}: expected float32, bfloat16 or float16.")
@@ -70,23 +72,7 @@ def prepare_decoder(
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
     image_size = tokenizer.config.image_size
-    convolve = _compiled(network) if compile else network
+    if compile:
+        require_compiler(next(network.parameters()).device, "decoder_compile")
+    convolve = torch.compile(network, dynamic=False) if compile else network
     return PixelDecoder(tokenizer, convolve, dtype, channels_last, chunk or max(1, PIXELS_AT_ONCE // image_size**2))
-
-
-def _compiled(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """``network`` through torch.compile. Calling it, ResourceError: it cannot be compiled here."""
-    compiled = torch.compile(network, dynamic=False)
-
-    def convolve(map_BEhw: Tensor) -> Tensor:
-        from torch._dynamo.exc import TorchDynamoException
-
-        try:
-            return compiled(map_BEhw)
-        except TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ResourceError(
-                f"the decoder cannot be compiled here: {reason}", "Drop decoder_compile, or install a C++ compiler."
-            ) from error
-
-    return convolve
