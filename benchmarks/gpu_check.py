@@ -41,7 +41,9 @@ GPT_L = ["llamagen-l-256", "llamagen-l-256,graphs=true", *EAGER, "--dtype", "bfl
 BF16 = "dtype=bfloat16,decoder_dtype=bfloat16"
 VAR = ["var-d16", f"var-d16,{BF16}"]
 TIMINGS = {  # the official way of a VAR is in float32, and a VAR is timed to its images; the others make codes
-    "LlamaGen-L 256 and its DD1 student, batch 1": [*GPT_L, "llamagen-l-256,graphs=true,compile=true", *DD_L, *CODES_ONLY, "1", "--repeats", "3"],
+    "LlamaGen-L 256 and its DD1 student, batch 1": [
+        *GPT_L, "llamagen-l-256,graphs=true,compile=true", *DD_L, *CODES_ONLY, "1", "--repeats", "3",
+    ],
     "LlamaGen-XXL 384, batch 1": [
         "llamagen-xxl-384", "llamagen-xxl-384,graphs=true", "--compare", *RANDOM, *CODES_ONLY, "1", "--repeats", "2",
     ],
