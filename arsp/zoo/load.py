@@ -161,7 +161,7 @@ def load_model(
     digest = None
     vq = _load_tokenizer(source, random_weights) if with_tokenizer else None
     if random_weights:
-        module = _random(source)
+        module = _random(source, device)
     else:
         weights, digest = _weights(source)
         module = _fill(source, weights, dtype)
@@ -313,9 +313,11 @@ def _fill(source: ModelSource, weights: dict[str, torch.Tensor], dtype: torch.dt
     return module.to(dtype)
 
 
-def _random(source: ModelSource) -> nn.Module:
+def _random(source: ModelSource, device: torch.device | str) -> nn.Module:
+    """Drawn on the device itself: billions of numbers take minutes on a CPU."""
     torch.manual_seed(0)
-    module = build_module(source)
+    with torch.device(device):
+        module = build_module(source)
     for parameter in module.parameters():
         if parameter.ndim >= 2:
             nn.init.normal_(parameter, std=0.02)
