@@ -105,6 +105,23 @@ def test_rows_at_different_lengths_and_rewinds(device, monkeypatch):
 
 
 @DEVICES
+def test_in_bfloat16_one_graph_of_a_width_serves_all_lengths(device, monkeypatch):
+    plain, ours = make(device, Guidance(2.0), monkeypatch)
+    plain.model.bfloat16()
+    tokens, states = codes(device), []
+    for decoder in (plain, ours):
+        state = decoder.start(request(device))
+        logits = [decoder.step(state, None), decoder.step(state, tokens[:, :9])]
+        for lengths in ([9, 2, 5], [12, 0, 3], [3, 3, 3]):
+            decoder.rewind(state, torch.tensor(lengths, device=device))
+            logits.append(decoder.step(state, torch.stack([tokens[b, n : n + 3] for b, n in enumerate(lengths)])))
+        states.append((state, torch.cat(logits, 1)))
+    assert_close(states[1][1], states[0][1], abs_tol=2e-2, what="logits")
+    if kernels.reads_lengths(ours._cache.k[0], 3):
+        assert {key[0] for key in ours._graphs} == {9, 3} and len(ours._graphs) == 2
+
+
+@DEVICES
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_images_are_those_of_the_plain_decoder_and_graphs_are_kept(device, backend, monkeypatch, request_backend):
     request_backend(backend)
