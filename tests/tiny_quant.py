@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import tiny_models
 import tiny_var
-from torch import Tensor
+from torch import Tensor, nn
 
 from arsp.config import deep_merge, validate
 from arsp.decode.filters import LogitsPipeline
 from arsp.kernels.reference import rotate
 from arsp.models.student import LlamaGenStudent
 from arsp.quant.calibrate import Samples, own_samples
-from arsp.quant.linear import InputFormat
+from arsp.quant.linear import InputFormat, QuantLinear
 from arsp.quant.quantiser import QuantisedWeight, fold_shift, integer_linear, quantise_activation, quantise_shifted
 from arsp.quant.recipe import Recipe, recipe_card
 from arsp.stack import StackConfig, sampling_rule
@@ -80,3 +81,20 @@ def by_hand(weight: QuantisedWeight, bias_N: Tensor | None, input_format: InputF
 def sqnr_db(given: Tensor, found: Tensor) -> float:
     noise = float((given - found).double().square().sum())
     return 10 * math.log10(float(given.double().square().sum()) / noise) if noise else math.inf
+
+
+def weight_bytes(module: nn.Module) -> dict[str, int]:
+    """Bytes of the weights by part: ``W4``, ``W8`` (codes, scales, zero points, biases) and ``other`` (everything else)."""
+    found: dict[str, int] = {}
+    for part in module.modules():
+        key = f"W{part.bits}" if isinstance(part, QuantLinear) else "other"
+        for tensor in _own_tensors(part):
+            found[key] = found.get(key, 0) + tensor.numel() * tensor.element_size()
+    return found
+
+
+def _own_tensors(part: nn.Module) -> Iterator[Tensor]:
+    yield from part.parameters(recurse=False)
+    yield from part.buffers(recurse=False)
+    if isinstance(part, QuantLinear):
+        yield from (tensor for tensor in vars(part.input_format).values() if isinstance(tensor, Tensor))

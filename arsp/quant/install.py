@@ -6,7 +6,7 @@ one of its own. Readers of one site share its balancing, and the site's producer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -108,23 +108,6 @@ SIMULATED_INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "litevar": lambda x: litevar.quantize_tokens(x, 8),
     "tensor": lambda x: Grid.of(x, tuple(range(x.dim())), 8, symmetric=False).fake_quantise(x),
 }
-
-
-def weight_bytes(module: nn.Module) -> dict[str, int]:
-    """Bytes of the weights by part: ``W4``, ``W8`` (codes, scales, zero points, biases) and ``other`` (everything else)."""
-    found: dict[str, int] = {}
-    for part in module.modules():
-        key = f"W{part.bits}" if isinstance(part, QuantLinear) else "other"
-        for tensor in _own_tensors(part):
-            found[key] = found.get(key, 0) + tensor.numel() * tensor.element_size()
-    return found
-
-
-def _own_tensors(part: nn.Module) -> Iterator[Tensor]:
-    yield from part.parameters(recurse=False)
-    yield from part.buffers(recurse=False)
-    if isinstance(part, QuantLinear):
-        yield from (tensor for tensor in vars(part.input_format).values() if isinstance(tensor, Tensor))
 
 
 def find(module: nn.Module, name: str) -> nn.Module | None:

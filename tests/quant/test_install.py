@@ -13,7 +13,7 @@ from arsp.errors import ConfigError
 from arsp.models.attention import DensePolicy
 from arsp.models.llamagen import RMSNorm
 from arsp.models.var import GELU, Modulate
-from arsp.quant.install import find, fuse, install, linear_layers, readers, simulate, sites, weight_bytes
+from arsp.quant.install import find, fuse, install, linear_layers, readers, simulate, sites
 from arsp.quant.linear import InputFormat, Producer, QuantisedGELU, QuantisedRMSNorm, QuantLinear, SimulatedLinear
 from arsp.quant.quantiser import dequantise
 from arsp.quant.transform import choose_layers, quantise_layers
@@ -194,7 +194,7 @@ def test_bytes_are_told_by_part(models):
     model = models["var"]
     bits = {"*.fc1": [8, -1]}
     layers = quantised(model, tiny_quant.recipe(layers={"formats": bits, "only": ["blocks.*.ffn.*"]}, weights={"group_size": 128}))
-    found = weight_bytes(install(copy.deepcopy(model.module), layers, torch.float32))
+    found = tiny_quant.weight_bytes(install(copy.deepcopy(model.module), layers, torch.float32))
     w8 = 2 * (256 * 64 + 256 * 4 + 256 * 4 + 64)  # codes, scales, bias, signs
     w4 = 2 * (64 * 256 // 2 + 64 * 2 * 5 + 64 * 4 + 256)
     assert found["W8"] == w8 and found["W4"] == w4

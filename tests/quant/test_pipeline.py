@@ -14,7 +14,7 @@ from arsp.data.images import save_png_dir
 from arsp.errors import ConfigError, InputError, NumericalError
 from arsp.quant.agreement import Judge
 from arsp.quant.calibrate import own_samples
-from arsp.quant.install import linear_layers, weight_bytes
+from arsp.quant.install import linear_layers
 from arsp.quant.linear import QuantLinear
 from arsp.quant.pipeline import QuantizeConfig, check, run
 from arsp.quant.recipe import RECIPES, recipe_card
@@ -84,7 +84,9 @@ def test_bytes_of_the_report_are_those_of_the_file(models, recipe, tmp_path):
         assert line["bytes"] == sum(stored[key].nbytes for leaf in leaves if (key := f"{line['layer']}.{leaf}") in stored), line
         assert line["sqnr_db"] > (35 if recipe == "w8a8" else 12), line
     assert result.bytes["quantised"] == sum(line["bytes"] for line in result.layers)
-    assert sum(weight_bytes(load_model(str(tmp_path)).module).values()) < 0.75 * sum(p.nbytes for p in models["var"].module.parameters())
+    assert sum(tiny_quant.weight_bytes(load_model(str(tmp_path)).module).values()) < 0.75 * sum(
+        p.nbytes for p in models["var"].module.parameters()
+    )
 
 
 def test_formats_are_told_with_what_becomes_of_the_inputs(models, tmp_path):

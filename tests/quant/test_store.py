@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from arsp.errors import InputError
 from arsp.quant import store
 from arsp.quant.calibrate import observe
-from arsp.quant.install import QuantisedLayer, install, linear_layers, simulate, sites, weight_bytes
+from arsp.quant.install import QuantisedLayer, install, linear_layers, simulate, sites
 from arsp.quant.linear import InputFormat, QuantLinear, SimulatedLinear
 from arsp.quant.pack import packed_bytes
 from arsp.quant.pipeline import QuantizeConfig, export
@@ -110,7 +110,7 @@ def test_no_float_copy_of_a_quantised_layer_is_kept(models, tmp_path):
         shapes = {name: tuple(layer.weight.codes_NK.shape) for name, layer in layers.items()}
         packed = sum(packed_bytes(N, K, 4, 64 if K > 64 else CHANNEL) for N, K in shapes.values())
         more = sum(8 * N + K for N, K in shapes.values())  # a bias, a byte where four bits are stored, signs
-        found = weight_bytes(loaded)
+        found = tiny_quant.weight_bytes(loaded)
         assert found["W4"] <= packed + more, f"{kind}: {found['W4']} bytes in memory, {packed} in the file"
         rest = sum(value.numel() for key, value in model.module.state_dict().items() if key.rpartition(".")[0] not in layers)
         assert found["other"] == 4 * rest
