@@ -306,7 +306,7 @@ def bench_trajectories(bench: Bench, model: str = "llamagen-b-256", rows: int = 
         counted.append(sample_through_map(decoder, request, noise, stack.pipeline, book).stats["flow_nfe"])
 
     def teacher_alone() -> None:
-        decode_blocks(decoder, request, lambda logits, pipeline, positions: logits[..., 0].long(), stack.pipeline)
+        decode_blocks(decoder, request, lambda logits, pipeline, positions: logits.float()[..., 0].long(), stack.pipeline)
 
     per_code = copy(bench)
     per_code.calls = length

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from arsp.bench.timing import synchronize
+from arsp.decode.guidance import Logits, step_apart
 from arsp.decode.jacobi import Chain, JacobiGenerator
 from arsp.protocols import Decoder, Request
 from arsp.stack import Stack
@@ -55,10 +56,13 @@ class ClockedDecoder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.decoder, name)
 
-    def step(self, *args: Any, **named: Any) -> Tensor:
+    def step(self, *args: Any) -> Tensor:
+        return self.step_apart(*args).float()
+
+    def step_apart(self, *args: Any) -> Logits:
         synchronize(self.device)
         started = time.perf_counter()
-        logits = self.decoder.step(*args, **named)
+        logits = step_apart(self.decoder, *args)
         synchronize(self.device)
         self.seconds += time.perf_counter() - started
         return logits

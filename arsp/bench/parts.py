@@ -20,7 +20,6 @@ from arsp.bench import official_var
 from arsp.bench.timing import Work, synchronize
 from arsp.decode import ar, next_scale
 from arsp.decode.filters import LogitsPipeline
-from arsp.decode.guidance import RampGuidance
 from arsp.models import var
 from arsp.models.attention import DensePolicy
 
@@ -57,10 +56,9 @@ def ours(policies: Sequence[Any] = ()) -> list[Entry]:
         (var.FeedForward, "forward", FFN),
         (var.Block, "forward", NORMS),
         (var.VAR, "conditioning", ADALN),
-        (var.VAR, "logits", HEAD),
+        (var.VAR, "raw_logits", HEAD),
         (var.VAR, "embed", EMBED),
         (next_scale.NextScaleDecoder, "_add", EMBED),
-        (RampGuidance, "combine", SAMPLING),
         (LogitsPipeline, "__call__", SAMPLING),
         (LogitsPipeline, "verify", SAMPLING),
         (ar, "draw_codes", SAMPLING),

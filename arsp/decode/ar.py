@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from arsp.decode.filters import LogitsPipeline, check_possible
+from arsp.decode.guidance import Guided, Logits, step_apart
 from arsp.errors import ConfigError
 from arsp.kernels import fuses_noise, keyed_argmax, reference
 from arsp.protocols import Decoder, Generation, Request
 from arsp.rng import Purpose, keyed_gumbel
 
-Choose = Callable[[Tensor, LogitsPipeline, Tensor], Tensor]  # (logits_BmV, pipeline, positions_m) -> codes_Bm
+Choose = Callable[[Logits, LogitsPipeline, Tensor], Tensor]  # (logits_BmV, pipeline, positions_m) -> codes_Bm
 Callback = Callable[[int], None]  # called after every pass with the number of token positions it made
 
 RNG_NAMES = ("keyed", "torch")
@@ -43,7 +44,7 @@ def decode_blocks(
         if block[0] < known or (stop is not None and block[0] >= stop):
             continue
         positions_m = torch.tensor(block, dtype=torch.int64, device=device)
-        logits_BmV = decoder.step(state, fed_Bn)[:, -len(block) :]
+        logits_BmV = step_apart(decoder, state, fed_Bn)[:, -len(block) :]
         fed_Bn = choose(logits_BmV, pipeline, positions_m)
         codes_BL[:, positions_m] = fed_Bn
         passes, filled = passes + 1, filled + len(block)
@@ -78,9 +79,9 @@ def keyed_choice(request: Request) -> Choose:
     """
     ahead: dict[int, Tensor] = {}
 
-    def choose(logits_BmV: Tensor, pipeline: LogitsPipeline, positions_m: Tensor) -> Tensor:
+    def choose(logits_BmV: Logits, pipeline: LogitsPipeline, positions_m: Tensor) -> Tensor:
         num_rows, num_positions, num_codes = logits_BmV.shape
-        if fuses_noise(logits_BmV):
+        if fuses_noise(logits_BmV.cond_BmV if isinstance(logits_BmV, Guided) else logits_BmV):
             positions_Bm = positions_m.expand(num_rows, -1)
             return pipeline.verify(
                 logits_BmV, torch.full_like(positions_Bm, -1), request.seed, request.sample_ids_B, positions_Bm, Purpose.TOKEN
@@ -105,7 +106,7 @@ def keyed_choice(request: Request) -> Choose:
 def multinomial_choice(generator: torch.Generator) -> Choose:
     """``choose`` by ``torch.multinomial`` on rows flattened over batch and positions: the official samplers' stream."""
 
-    def choose(logits_BmV: Tensor, pipeline: LogitsPipeline, positions_m: Tensor) -> Tensor:
+    def choose(logits_BmV: Logits, pipeline: LogitsPipeline, positions_m: Tensor) -> Tensor:
         log_p_BmV = pipeline(logits_BmV)
         check_possible(log_p_BmV.amax(dim=-1).isfinite())
         drawn = torch.multinomial(log_p_BmV.flatten(0, 1).exp(), 1, generator=generator)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from arsp.decode.guidance import Guidance
+from arsp.decode.guidance import Guidance, Logits
 from arsp.errors import ConfigError, UsageError
 from arsp.kernels import reads_lengths
 from arsp.models.attention import AttentionContext, DensePolicy, KVCache
@@ -73,6 +73,11 @@ class RasterDecoder:
 
         With ``nodes`` the codes stand where these say; lengths stay as they are until :meth:`keep`.
         """
+        return self.step_apart(state, codes_Bn, nodes).float()
+
+    @torch.inference_mode()
+    def step_apart(self, state: RasterState, codes_Bn: Tensor | None, nodes: Nodes | None = None) -> Logits:
+        """:meth:`step` before the halves of guidance are combined (:class:`arsp.decode.guidance.Guided`), in the type of the model."""
         if codes_Bn is None and state.prefilled:
             raise UsageError("step(None) is the first call on a state; this one already holds its condition.")
         if nodes is not None:
@@ -116,7 +121,7 @@ class RasterDecoder:
         condition, mask = self._condition(request)
         doubled = condition.shape[0] // codes_BL.shape[0]
         logits = self.model(codes_BL[:, :-1].repeat(doubled, 1), condition, mask)
-        return self._guide(logits, doubled == 2, torch.arange(codes_BL.shape[1], device=logits.device))
+        return self._guide(logits, doubled == 2, torch.arange(codes_BL.shape[1], device=logits.device)).float()
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 
@@ -150,7 +155,7 @@ class RasterDecoder:
         if P + slots > state.cache.capacity:
             raise UsageError(f"step: {slots} codes do not fit, the capacity is {state.cache.capacity - P}.")
 
-    def _prefill(self, state: RasterState, codes_Bn: Tensor | None) -> Tensor:
+    def _prefill(self, state: RasterState, codes_Bn: Tensor | None) -> Logits:
         P, h, n = self.model.config.cls_token_num, state.prefix_RPC, 0
         if codes_Bn is not None:
             n = codes_Bn.shape[1]
@@ -159,9 +164,9 @@ class RasterDecoder:
         h = self._pass(state, h, start=0)
         state.prefilled, state.uniform = True, n
         state.lengths_B = state.lengths_B + n
-        return self._guide(self.model.head(h[:, P - 1 :]), self.guidance.active, torch.arange(n + 1, device=h.device))
+        return self._guide(self.model.raw_logits(h[:, P - 1 :]), self.guidance.active, torch.arange(n + 1, device=h.device))
 
-    def _extend(self, state: RasterState, codes_Bn: Tensor) -> Tensor:
+    def _extend(self, state: RasterState, codes_Bn: Tensor) -> Logits:
         P, n = self.model.config.cls_token_num, codes_Bn.shape[1]
         longest = state.uniform if state.uniform is not None else int(state.lengths_B.max())
         self._room(state, longest + n)
@@ -177,9 +182,9 @@ class RasterDecoder:
             positions = (P + state.lengths_B[:, None] + offsets).repeat(2 if guided else 1, 1)
             h = self._pass(state, h, positions_Rn=positions, total=P + longest + n)
         state.lengths_B = state.lengths_B + n
-        return self._guide(self.model.head(h), guided, tokens)
+        return self._guide(self.model.raw_logits(h), guided, tokens)
 
-    def _step_nodes(self, state: RasterState, codes_Bn: Tensor, nodes: Nodes) -> Tensor:
+    def _step_nodes(self, state: RasterState, codes_Bn: Tensor, nodes: Nodes) -> Logits:
         P, fresh = self.model.config.cls_token_num, not state.prefilled
         slots, positions, visible = nodes.slots_Bn, nodes.positions_Bn, nodes.visible_BnT
         self._room(state, visible.shape[-1])
@@ -200,7 +205,7 @@ class RasterDecoder:
             tokens = torch.cat((torch.zeros_like(tokens[:, :1]), tokens), dim=1)
         h = self._pass(state, h, positions_Rn=positions, slots_Rn=slots, mask=mask)
         state.prefilled = True
-        return self._guide(self.model.head(h[:, P - 1 :] if fresh else h), guided, tokens)
+        return self._guide(self.model.raw_logits(h[:, P - 1 :] if fresh else h), guided, tokens)
 
     def _pass(
         self, state: RasterState, h_RnC: Tensor, *, start: int | None = None, positions_Rn: Tensor | None = None,
@@ -228,11 +233,8 @@ class RasterDecoder:
         state.peak_kv_bytes = max(state.peak_kv_bytes, state.cache.bytes(total))
         return self.model.backbone(h_RnC, rope, ctx, self.policy)
 
-    def _guide(self, logits_RmV: Tensor, both: bool, tokens: Tensor) -> Tensor:
-        if not both:
-            return logits_RmV
-        cond, uncond = logits_RmV.chunk(2)
-        return self.guidance.combine(cond, uncond, tokens)
+    def _guide(self, logits_RmV: Tensor, both: bool, tokens: Tensor) -> Logits:
+        return self.guidance.halves(*logits_RmV.chunk(2), tokens) if both else logits_RmV
 
 
 def _uniform_mask(caption_mask_RP: Tensor | None, rows: int, n: int, start: int, device: torch.device) -> Tensor | None:

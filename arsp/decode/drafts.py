@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arsp.decode.filters import LogitsPipeline
+from arsp.decode.guidance import Logits, step_apart
 from arsp.decode.law import Law
 from arsp.errors import ConfigError, nearest
 from arsp.kernels import keyed_argmax
@@ -263,7 +264,7 @@ class DraftModel:
             law, drawn, _ = self.pipeline.verify(
                 logits[:, -1:], known, tape.request.seed, tape.ids_B, position, self.purpose, 0 if self.purpose == Purpose.TOKEN else stream
             )
-            laws.append(law)
+            laws.append(law.clone())
             code = torch.where(position < tape.known_B[:, None], known, drawn)
             tape.codes_BL = tape.codes_BL.scatter(1, position, code)
             if step + 1 < num or tape.passes == 0:  # the first pass may accept all: then two codes would be missing here
@@ -273,11 +274,11 @@ class DraftModel:
         tape.laws = Law.stack(laws) if self.purpose != Purpose.TOKEN else None
         tape.drafted_B = stop_B
 
-    def _step(self, codes: Tensor | None) -> Tensor:
+    def _step(self, codes: Tensor | None) -> Logits:
         self.passes += 1
-        return self.decoder.step(self.state, codes)
+        return step_apart(self.decoder, self.state, codes)
 
-    def _catch_up(self, tape: Tape, first_B: Tensor) -> Tensor:
+    def _catch_up(self, tape: Tape, first_B: Tensor) -> Logits:
         """Logits of position ``first_B``. Where all drafts stood, two codes are new to the small model."""
         if tape.passes == 0:
             return self._step(None)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from arsp import kernels
+from arsp.decode.guidance import Guided, Logits
 from arsp.decode.law import Law
 from arsp.errors import ConfigError, NumericalError
 from arsp.rng import Purpose
@@ -46,20 +47,20 @@ class LogitsPipeline:
         _check("top_p", self.top_p, 0 <= self.top_p <= 1, "a number in [0, 1] (1 disables it)")
         _check("top_h", self.top_h, 0 <= self.top_h <= 1, "a number in [0, 1] (0 disables it)")
 
-    def __call__(self, logits: Tensor) -> Tensor:
+    def __call__(self, logits: Logits) -> Tensor:
         """Logits ``(..., V)`` of any float type -> float32 log-probabilities, removed codes at -inf."""
         if self.temperature == 0:
-            return _one_hot_log_probs(logits)
+            return _one_hot_log_probs(logits.float())
         return torch.log_softmax(self.masked_logits(logits), dim=-1)
 
-    def law(self, logits_BmV: Tensor) -> Law:
+    def law(self, logits_BmV: Logits) -> Law:
         """The laws of m positions a row."""
         ids = torch.zeros(len(logits_BmV), dtype=torch.int64, device=logits_BmV.device)
         none = ids.new_full(logits_BmV.shape[:2], -1)
         return self.verify(logits_BmV, none, 0, ids, none, Purpose.DRAFT)[0]
 
     def verify(
-        self, logits_BmV: Tensor, drafts_Bm: Tensor, seed: int, sample_ids_B: Tensor, positions_Bm: Tensor, purpose: Purpose,
+        self, logits_BmV: Logits, drafts_Bm: Tensor, seed: int, sample_ids_B: Tensor, positions_Bm: Tensor, purpose: Purpose,
         stream: int = 0,
     ) -> tuple[Law, Tensor, Tensor]:  # fmt: skip
         """One look at the logits: the law, a keyed draw from it ``codes_Bm`` (as ``arsp.decode.ar.draw_codes``), and the log-probability
@@ -69,15 +70,17 @@ class LogitsPipeline:
             logits_BmV, rule = self.masked_logits(logits_BmV), (1.0, 0, 1.0)
         else:
             rule = (self.temperature, int(self.top_k), self.top_p)
+        apart = isinstance(logits_BmV, Guided)
         drawn, log_p, *law = kernels.verify(
-            logits_BmV.flatten(0, 1), drafts_Bm.flatten(), *rule, seed, sample_ids_B[:, None].expand(shape).flatten(),
-            positions_Bm.flatten(), int(purpose), stream,
+            (logits_BmV.cond_BmV if apart else logits_BmV).flatten(0, 1), drafts_Bm.flatten(), *rule,
+            seed, sample_ids_B[:, None].expand(shape).flatten(), positions_Bm.flatten(), int(purpose), stream,
+            *(logits_BmV.arguments() if apart else ()),
         )  # fmt: skip
         check_possible(drawn >= 0)
         scale = 1.0 if rule[0] == 0 else max(rule[0], MIN_TEMPERATURE)
         return Law(logits_BmV, *(x.view(shape) for x in law), scale), drawn.view(shape), log_p.view(shape)
 
-    def masked_logits(self, logits: Tensor) -> Tensor:
+    def masked_logits(self, logits: Logits) -> Tensor:
         """Float32 logits ``(..., V)`` after the official division by ``max(temperature, 1e-5)``, removed codes at -inf."""
         logits = logits.float() / max(self.temperature, MIN_TEMPERATURE)
         if 0 < self.top_k < logits.shape[-1]:
@@ -138,7 +141,7 @@ def _keep_best(logits: Tensor, ordered: Tensor, count: Tensor) -> Tensor:
 
 
 def _one_hot_log_probs(logits: Tensor) -> Tensor:
-    best = logits.float().argmax(dim=-1, keepdim=True)  # the first of equal maxima
+    best = logits.argmax(dim=-1, keepdim=True)  # the first of equal maxima
     return torch.full(logits.shape, -torch.inf, device=logits.device).scatter_(-1, best, 0.0)
 
 

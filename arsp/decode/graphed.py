@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from arsp.decode.decoder import RasterDecoder, RasterState, ragged_mask
-from arsp.decode.guidance import Guidance
+from arsp.decode.guidance import Guidance, Guided, Logits
 from arsp.decode.next_scale import NextScaleDecoder, ScaleState
 from arsp.errors import ConfigError
 from arsp.kernels import reads_lengths
 from arsp.models.attention import AttentionContext, DensePolicy, KVCache
 from arsp.models.llamagen import GPT
-from arsp.protocols import Request
+from arsp.protocols import Nodes, Request
 
 SLOTS = 64  # a pass with a mask reads the cache up to a multiple of this
 
@@ -74,7 +74,7 @@ class GraphedDecoder(RasterDecoder):
         self._capture = capture
         self._cache: KVCache | None = None
         self._holder: Callable[[], RasterState | None] = lambda: None
-        self._graphs: dict[tuple[int, int, bool], Callable[..., Tensor]] = {}
+        self._graphs: dict[tuple[int, int, bool], Callable[..., tuple[Tensor, Tensor]]] = {}
 
     @torch.inference_mode()
     def start(self, request: Request, capacity: int | None = None) -> RasterState:
@@ -88,7 +88,11 @@ class GraphedDecoder(RasterDecoder):
         self._holder = weakref.ref(state)
         return state
 
-    def _extend(self, state: RasterState, codes_Bn: Tensor) -> Tensor:
+    @torch.inference_mode()
+    def step(self, state: RasterState, codes_Bn: Tensor | None, nodes: Nodes | None = None) -> Tensor:
+        return own_float(self.step_apart(state, codes_Bn, nodes))
+
+    def _extend(self, state: RasterState, codes_Bn: Tensor) -> Logits:
         if self._holder() is not state or state.caption_mask_RP is not None:
             return super()._extend(state, codes_Bn)
         P, n = self.model.config.cls_token_num, codes_Bn.shape[1]
@@ -102,15 +106,15 @@ class GraphedDecoder(RasterDecoder):
         key, inputs = (n, total, guided), (codes_Bn, state.lengths_B)
         if key not in self._graphs:
             self._graphs[key] = self._capture(lambda codes, lengths: self._replayed(codes, lengths, total, guided), inputs)
-        logits_BnV = self._graphs[key](*inputs).clone()
+        logits_RnV, tokens_Bn = self._graphs[key](*inputs)
         state.passes += 1
         state.peak_kv_bytes = max(state.peak_kv_bytes, state.cache.bytes(P + longest + n))
         state.uniform = None if state.uniform is None else state.uniform + n
         state.lengths_B = state.lengths_B + n
-        return logits_BnV
+        return self._guide(logits_RnV, guided, tokens_Bn)
 
-    def _replayed(self, codes_Bn: Tensor, lengths_B: Tensor, total: int, guided: bool) -> Tensor:
-        """The pass of a graph: nothing in it depends on a value that the host would have to read."""
+    def _replayed(self, codes_Bn: Tensor, lengths_B: Tensor, total: int, guided: bool) -> tuple[Tensor, Tensor]:
+        """The pass of a graph and the tokens that it predicts: nothing in it depends on a value that the host would have to read."""
         tokens_Bn = lengths_B[:, None] + torch.arange(codes_Bn.shape[1], device=codes_Bn.device)
         positions_Rn = (self.model.config.cls_token_num + tokens_Bn).repeat(2 if guided else 1, 1)
         rope = self.model.rope_table(codes_Bn.device)[positions_Rn]
@@ -118,7 +122,7 @@ class GraphedDecoder(RasterDecoder):
         mask = None if by_length else ragged_mask(None, positions_Rn, total)
         ctx = AttentionContext(total=total, mask=mask, cache=self._cache, positions_Bn=positions_Rn, by_length=by_length)
         h = self.model.backbone(self._embed(codes_Bn, guided), rope, ctx, self.policy)
-        return self._guide(self.model.head(h), guided, tokens_Bn + 1)
+        return self.model.raw_logits(h), tokens_Bn + 1
 
 
 class GraphedScales:
@@ -152,29 +156,33 @@ class GraphedScales:
 
     @torch.inference_mode()
     def step(self, state: ScaleState, codes_Bn: Tensor | None, vectors_BnE: Tensor | None = None) -> Tensor:
+        return own_float(self.step_apart(state, codes_Bn, vectors_BnE))
+
+    @torch.inference_mode()
+    def step_apart(self, state: ScaleState, codes_Bn: Tensor | None, vectors_BnE: Tensor | None = None) -> Logits:
         scale = state.known + (codes_Bn is not None)
         fed = 0 if codes_Bn is None else codes_Bn.shape[1]
         one_scale = vectors_BnE is None and fed == (len(self.plain.layout.blocks[scale - 1]) if scale else 0)
         if self._holder() is not state or not one_scale or scale > len(self._graphs):
             if self._holder() is state:
                 self._holder = lambda: None
-            return self.plain.step(state, codes_Bn, vectors_BnE)
+            return self.plain.step_apart(state, codes_Bn, vectors_BnE)
         inputs = () if codes_Bn is None else (codes_Bn,)
         if scale < len(self._graphs):
             for name, value in self._counters[scale].items():
                 setattr(state, name, value)
-            return self._graphs[scale](*inputs).clone()
-        logits_BnV = self.plain.step(state, codes_Bn)
+            return self.plain.apart(self._graphs[scale](*inputs), scale)
+        logits_BnV = self.plain.step_apart(state, codes_Bn)
         self._graphs.append(self._capture(self._first if scale == 0 else self._next, inputs, warm=True))
         self._counters.append({name: getattr(state, name) for name in ("known", "consumed", "passes", "peak_kv_bytes", "last_kv_bytes")})
         return logits_BnV
 
     def _first(self) -> Tensor:
         self._inner = self.plain.start(Request(torch.arange(len(self._labels_B)), 0, labels_B=self._labels_B))
-        return self.plain.step(self._inner, None)
+        return self.plain.step_raw(self._inner, None)
 
     def _next(self, codes_Bn: Tensor) -> Tensor:
-        return self.plain.step(self._inner, codes_Bn)
+        return self.plain.step_raw(self._inner, codes_Bn)
 
 
 class GraphedStudent:
@@ -190,6 +198,11 @@ class GraphedStudent:
         if shape not in self._graphs:
             self._graphs[shape] = self._capture(self._student, inputs)
         return tuple(x.clone() for x in self._graphs[shape](*inputs))
+
+
+def own_float(logits: Logits) -> Tensor:
+    """Guided float32 logits that no later pass overwrites."""
+    return logits.float() if isinstance(logits, Guided) else logits.to(torch.float32, copy=True)
 
 
 def _check_device(device: torch.device, capture: Capture) -> None:

@@ -2,12 +2,82 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from arsp.errors import ConfigError
+from arsp.kernels.reference import guide
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Guided logits ``(B, m, V)`` that are not combined yet: both halves as the model made them, float32 or bfloat16.
+
+    They are combined (:func:`arsp.kernels.reference.guide`) where somebody looks: by the kernel ``verify`` while it reads the rows, by
+    ``float()`` for all codes, by an index into the codes for some. Otherwise it is used like a tensor.
+    """
+
+    cond_BmV: Tensor
+    uncond_BmV: Tensor
+    scale: float
+    ramp: bool = False
+    guided_Bm: Tensor | None = None  # bool; None: all positions are
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.cond_BmV.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.cond_BmV.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.cond_BmV.nbytes + self.uncond_BmV.nbytes
+
+    def __len__(self) -> int:
+        return len(self.cond_BmV)
+
+    def float(self) -> Tensor:
+        """The guided logits of all codes, float32."""
+        guided = None if self.guided_Bm is None else self.guided_Bm.unsqueeze(-1)
+        return guide(self.cond_BmV, self.uncond_BmV, self.scale, self.ramp, guided)
+
+    def __getitem__(self, index: Any) -> Guided | Tensor:
+        """Some rows and positions; with an index into the codes, too, their logits in float32."""
+        of_codes = isinstance(index, tuple) and len(index) == 3
+        guided = None if self.guided_Bm is None else self.guided_Bm[index[:2] if of_codes else index]
+        cond, uncond = self.cond_BmV[index], self.uncond_BmV[index]
+        if of_codes:
+            return guide(cond, uncond, self.scale, self.ramp, guided)
+        return replace(self, cond_BmV=cond, uncond_BmV=uncond, guided_Bm=guided)
+
+    def clone(self) -> Guided:
+        guided = None if self.guided_Bm is None else self.guided_Bm.clone()
+        return replace(self, cond_BmV=self.cond_BmV.clone(), uncond_BmV=self.uncond_BmV.clone(), guided_Bm=guided)
+
+    def arguments(self) -> tuple[Tensor, float, bool, Tensor | None]:
+        """What :func:`arsp.kernels.verify` takes beside the conditional rows ``(B m, V)``."""
+        return self.uncond_BmV.flatten(0, 1), self.scale, self.ramp, None if self.guided_Bm is None else self.guided_Bm.flatten()
+
+    @staticmethod
+    def cat(parts: list[Guided]) -> Guided:
+        """Consecutive positions as one."""
+        join = lambda name: torch.cat([getattr(part, name) for part in parts], dim=1)  # noqa: E731
+        guided = None if parts[0].guided_Bm is None else join("guided_Bm")
+        return replace(parts[0], cond_BmV=join("cond_BmV"), uncond_BmV=join("uncond_BmV"), guided_Bm=guided)
+
+
+Logits = Tensor | Guided
+
+
+def step_apart(decoder: Any, state: Any, codes_Bn: Tensor | None, *nodes: Any) -> Logits:
+    """``decoder.step``, with the halves of guidance not combined and logits in the type that the model made, where it offers that. What it
+    returns may be overwritten by the next pass."""
+    return getattr(decoder, "step_apart", decoder.step)(state, codes_Bn, *nodes)
 
 
 @dataclass(frozen=True)
@@ -36,12 +106,14 @@ class Guidance:
             return -1
         return float("inf") if self.interval <= -1 else self.interval + 1
 
+    def halves(self, cond: Tensor, uncond: Tensor, tokens_m: Tensor) -> Guided:
+        """The guided logits ``(B, m, V)`` of both halves; ``tokens_m`` = indices of the predicted tokens, ``(m,)`` or ``(B, m)``."""
+        everywhere = self.last_guided == float("inf")
+        return Guided(cond, uncond, self.scale, guided_Bm=None if everywhere else (tokens_m <= self.last_guided).expand(cond.shape[:2]))
+
     def combine(self, cond: Tensor, uncond: Tensor, tokens_m: Tensor) -> Tensor:
-        """Guided logits ``(B, m, V)``; ``tokens_m`` = indices of the predicted tokens, ``(m,)`` or ``(B, m)``."""
-        guided = uncond + self.scale * (cond - uncond)
-        if self.last_guided == float("inf"):
-            return guided
-        return torch.where((tokens_m <= self.last_guided).unsqueeze(-1), guided, cond)
+        """:meth:`halves` in one, float32."""
+        return self.halves(cond, uncond, tokens_m).float()
 
 
 @dataclass(frozen=True)
@@ -65,7 +137,10 @@ class RampGuidance:
     def active(self) -> bool:
         return self.scale > 0
 
+    def halves(self, cond: Tensor, uncond: Tensor, k: int) -> Guided:
+        """The guided logits of scale k of both halves."""
+        return Guided(cond, uncond, self.scale * k / (self.num_scales - 1), ramp=True)
+
     def combine(self, cond: Tensor, uncond: Tensor, k: int) -> Tensor:
-        """Guided logits of scale k."""
-        t = self.scale * k / (self.num_scales - 1)
-        return (1 + t) * cond - t * uncond
+        """:meth:`halves` in one, float32."""
+        return self.halves(cond, uncond, k).float()

@@ -18,6 +18,7 @@ from torch import Tensor
 from arsp.decode.accept import ExactRule, leading, resample
 from arsp.decode.drafts import Tape
 from arsp.decode.filters import LogitsPipeline
+from arsp.decode.guidance import Logits, step_apart
 from arsp.decode.law import Law
 from arsp.protocols import Decoder, Generation, Request
 from arsp.rng import Purpose, keyed_uniform
@@ -183,18 +184,18 @@ class Chain:
         return new.scatter(1, at, final)
 
 
-def feed(decoder: Decoder, state: Any, tape: Tape, base_B: Tensor, num: int) -> Tensor:
+def feed(decoder: Decoder, state: Any, tape: Tape, base_B: Tensor, num: int) -> Logits:
     """Feed the code before ``base_B`` and the ``num`` codes from it on: logits ``(B, num + 1, V)`` of positions ``base_B .. base_B + num``.
 
     The first pass has no code before: it feeds the condition.
     """
     offsets = torch.arange(num, device=base_B.device)
     if tape.passes == 0:
-        return decoder.step(state, tape.codes_BL[:, :num] if num else None)
+        return step_apart(decoder, state, tape.codes_BL[:, :num] if num else None)
     if not torch.equal(state.lengths_B, base_B - 1):
         decoder.rewind(state, base_B - 1)
     first = base_B[:, None] - 1
-    return decoder.step(state, tape.codes_BL.gather(1, torch.cat((first, first + 1 + offsets), dim=1)))
+    return step_apart(decoder, state, tape.codes_BL.gather(1, torch.cat((first, first + 1 + offsets), dim=1)))
 
 
 @dataclass

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from arsp.decode.guidance import Guided, Logits
 
 
 @dataclass(frozen=True)
@@ -14,10 +18,10 @@ class Law:
 
     ``log p(x) = logits[x] / temperature - lse`` for the codes that were kept, -inf for the others. Kept are the codes with
     ``logits[x] / temperature`` above ``threshold``, and of those equal to it the ones with an id up to ``last``. A greedy law keeps one
-    code. ``logits`` may be the decoder's own output: nothing of size V is made to describe a law.
+    code. ``logits`` may be the decoder's own output, the halves of guidance apart: nothing of size V is made to describe a law.
     """
 
-    logits_BmV: Tensor  # float32, before temperature
+    logits_BmV: Logits  # before temperature
     lse_Bm: Tensor  # float32
     threshold_Bm: Tensor  # float32
     last_Bm: Tensor  # int64
@@ -25,7 +29,7 @@ class Law:
 
     def log_probs(self) -> Tensor:
         """Dense float32 log-probabilities ``(B, m, V)``."""
-        scaled, threshold = self.logits_BmV / self.temperature, self.threshold_Bm.unsqueeze(-1)
+        scaled, threshold = self.logits_BmV.float() / self.temperature, self.threshold_Bm.unsqueeze(-1)
         ids = torch.arange(scaled.shape[-1], device=scaled.device)
         kept = (scaled > threshold) | ((scaled == threshold) & (ids <= self.last_Bm.unsqueeze(-1)))
         return (scaled - self.lse_Bm.unsqueeze(-1)).masked_fill_(~kept, -torch.inf)
@@ -34,34 +38,41 @@ class Law:
         """Log-probabilities ``(B, n, K)`` of K codes under the n laws of each row (those at ``index_Bn`` where given)."""
         rows = torch.arange(len(codes_BnK), device=codes_BnK.device)[:, None]
         index = torch.arange(codes_BnK.shape[1], device=rows.device)[None] if index_Bn is None else index_Bn
-        scaled = self.logits_BmV[rows.unsqueeze(-1), index.unsqueeze(-1), codes_BnK] / self.temperature
+        scaled = self.logits_BmV[rows.unsqueeze(-1), index.unsqueeze(-1), codes_BnK].float() / self.temperature
         threshold = self.threshold_Bm[rows, index].unsqueeze(-1)
         kept = (scaled > threshold) | ((scaled == threshold) & (codes_BnK <= self.last_Bm[rows, index].unsqueeze(-1)))
         return (scaled - self.lse_Bm[rows, index].unsqueeze(-1)).masked_fill(~kept, -torch.inf)
 
     def at(self, rows_r: Tensor, index_rn: Tensor) -> Law:
         """The laws at positions ``index_rn[i]`` of row ``rows_r[i]``: r rows of n positions."""
-        pick = lambda x: x[rows_r.unsqueeze(-1), index_rn]  # noqa: E731
-        return Law(pick(self.logits_BmV), pick(self.lse_Bm), pick(self.threshold_Bm), pick(self.last_Bm), self.temperature)
+        return self._each(lambda x: x[rows_r.unsqueeze(-1), index_rn])
 
     def behind_first(self) -> Law:
         """The laws without those of the first position, in memory of their own."""
-        cut = lambda x: x[:, 1:].contiguous()  # noqa: E731
-        return Law(cut(self.logits_BmV), cut(self.lse_Bm), cut(self.threshold_Bm), cut(self.last_Bm), self.temperature)
+        return self._each(lambda x: x[:, 1:].clone())
+
+    def clone(self) -> Law:
+        """The same in memory of its own."""
+        return self._each(lambda x: x.clone())
 
     def select(self, rows: Tensor) -> Law:
         """The laws of some rows of the batch."""
-        return Law(self.logits_BmV[rows], self.lse_Bm[rows], self.threshold_Bm[rows], self.last_Bm[rows], self.temperature)
+        return self._each(lambda x: x[rows])
+
+    def _each(self, of: Callable[[Any], Any]) -> Law:
+        return Law(of(self.logits_BmV), of(self.lse_Bm), of(self.threshold_Bm), of(self.last_Bm), self.temperature)
 
     @property
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.logits_BmV, self.lse_Bm, self.threshold_Bm, self.last_Bm))
+        return sum(x.nbytes for x in (self.logits_BmV, self.lse_Bm, self.threshold_Bm, self.last_Bm))
 
     @staticmethod
     def stack(parts: list[Law]) -> Law:
         """Laws of consecutive positions as one."""
         join = lambda name: torch.cat([getattr(part, name) for part in parts], dim=1)  # noqa: E731
-        return Law(join("logits_BmV"), join("lse_Bm"), join("threshold_Bm"), join("last_Bm"), parts[0].temperature)
+        apart = isinstance(parts[0].logits_BmV, Guided)
+        logits_BmV = Guided.cat([part.logits_BmV for part in parts]) if apart else join("logits_BmV")
+        return Law(logits_BmV, join("lse_Bm"), join("threshold_Bm"), join("last_Bm"), parts[0].temperature)
 
     @staticmethod
     def of_weights(log_w_BmV: Tensor) -> Law:

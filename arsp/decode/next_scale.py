@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from arsp.decode.guidance import RampGuidance
+from arsp.decode.guidance import Logits, RampGuidance
 from arsp.decode.schedule import ScaleStep, plain_steps
 from arsp.errors import ConfigError, UsageError
 from arsp.models.attention import AttentionContext, KVCache
@@ -88,11 +88,24 @@ class NextScaleDecoder:
 
         ``vectors_BnE`` stand in for the codebook vectors of the codes.
         """
+        return self.step_apart(state, codes_Bn, vectors_BnE).float()
+
+    @torch.inference_mode()
+    def step_apart(self, state: ScaleState, codes_Bn: Tensor | None, vectors_BnE: Tensor | None = None) -> Logits:
+        """:meth:`step` before the halves of guidance are combined (:class:`arsp.decode.guidance.Guided`), in the type of the model."""
+        return self.apart(self.step_raw(state, codes_Bn, vectors_BnE), state.known)
+
+    def step_raw(self, state: ScaleState, codes_Bn: Tensor | None, vectors_BnE: Tensor | None = None) -> Tensor:
+        """:meth:`step_apart` as one tensor: the conditional rows, then the unconditional ones of a guided scale."""
         if codes_Bn is not None:
             self._add(state, self.quantizer.embedding(codes_Bn).float() if vectors_BnE is None else vectors_BnE)
         if state.known >= len(self.steps):
             raise UsageError(f"step: all {len(self.steps)} scales have their codes.")
         return self._predict(state, state.known)
+
+    def apart(self, logits_RnV: Tensor, scale: int) -> Logits:
+        """What :meth:`step_raw` gave for a scale as logits of B rows."""
+        return self.guidance.halves(*logits_RnV.chunk(2), scale) if self._guided(self.steps[scale]) else logits_RnV
 
     def rewind(self, state: ScaleState, lengths_B: Tensor) -> None:
         """Not offered: forgetting a scale would have to recompute ``f_hat`` (capability ``rewind`` is False)."""
@@ -116,7 +129,7 @@ class NextScaleDecoder:
         """Guided float32 ``logits_BLV`` of all positions, scale by scale."""
         state = self.start(request)
         self._add(state, self.quantizer.embedding(codes_BL[:, : self.layout.ends[-2]]).float())
-        return torch.cat([self._predict(state, scale) for scale in range(len(self.steps))], dim=1)
+        return torch.cat([self.apart(self._predict(state, scale), scale).float() for scale in range(len(self.steps))], dim=1)
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 
@@ -135,17 +148,13 @@ class NextScaleDecoder:
             state.known += 1
 
     def _predict(self, state: ScaleState, scale: int) -> Tensor:
-        """Run what the model of ``scale`` has not seen yet, up to this scale, and return the scale's guided logits."""
+        """Run what the model of ``scale`` has not seen yet, up to this scale, and return the scale's logits of both halves."""
         step = self.steps[scale]
         if state.step is None or state.step.model is not step.model:
             self._hand_over(state, step)
         for first, last in self._runs(state, scale):
             h = self._pass(state, first, last)
-        logits = step.model.logits(h[:, -len(self.layout.blocks[scale]) :], state.cond)
-        if not self._guided(step):
-            return logits
-        cond, uncond = logits.chunk(2)
-        return self.guidance.combine(cond, uncond, scale)
+        return step.model.raw_logits(h[:, -len(self.layout.blocks[scale]) :], state.cond)
 
     def _guided(self, step: ScaleStep) -> bool:
         return self.guidance.active and step.guided

@@ -292,15 +292,22 @@ def fuses_noise(log_w: Tensor) -> bool:
 def verify(
     logits_RV: Tensor, drafts_R: Tensor, temperature: float, top_k: int, top_p: float,
     seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0,
+    uncond_RV: Tensor | None = None, scale: float = 1.0, ramp: bool = False, guided_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The law of every row of logits after temperature, top-k and top-p, a keyed draw from it, and the log-probability of a draft.
+    """The law of every row of logits after guidance, temperature, top-k and top-p, a keyed draw from it, and the log-probability of a
+    draft.
 
     Args:
-        logits_RV: one law a row. Rows may be views with any distance between them; the last stride should be 1.
+        logits_RV: one law a row, of any float type; float32 and bfloat16 are read as they are. Rows may be views with any distance between
+            them; the last stride should be 1.
         drafts_R: int64 codes to look up, negative where there is none.
         temperature, top_k, top_p: as in :class:`arsp.decode.filters.LogitsPipeline`; temperature 0 is greedy, top_k 0 or >= V and top_p 1
             keep everything. Logits are divided by max(temperature, 1e-5). Masses are summed in float64.
         seed, ids_R, positions_R, purpose, stream: the key of the noise, as in :func:`keyed_argmax`.
+        uncond_RV: the unconditional half u of classifier-free guidance, beside the conditional c in ``logits_RV``; None: no guidance. What
+            is below then means the guided logits ``u + scale (c - u)``, or with ``ramp`` ``(1 + scale) c - scale u``, in float32 with every
+            operation rounded.
+        guided_R: bool, rows where this is False keep c; None: all are guided.
 
     Returns, all ``(R,)``:
         codes: int64, :func:`keyed_argmax` of the law (the first best code when greedy).
@@ -313,9 +320,17 @@ def verify(
     ConfigError: shapes that do not fit together.
     """
     _check_rows("verify", logits_RV, drafts=drafts_R, ids=ids_R, positions=positions_R)
-    logits_RV = logits_RV.float()
-    apply = ops.verify if _applies(logits_RV) else reference.verify
-    return apply(logits_RV, drafts_R, temperature, top_k, top_p, _signed(seed), ids_R, positions_R, int(purpose), stream)
+    key = (_signed(seed), ids_R, positions_R, int(purpose), stream)
+    if uncond_RV is None:
+        logits_RV = logits_RV if logits_RV.dtype in _DTYPES else logits_RV.float()
+        apply = ops.verify if _applies(logits_RV) else reference.verify
+        return apply(logits_RV, drafts_R, temperature, top_k, top_p, *key)
+    if uncond_RV.shape != logits_RV.shape:
+        raise ConfigError(f"verify: the halves have shapes {tuple(logits_RV.shape)} and {tuple(uncond_RV.shape)}.")
+    if uncond_RV.dtype != logits_RV.dtype or logits_RV.dtype not in _DTYPES:
+        logits_RV, uncond_RV = logits_RV.float(), uncond_RV.float()
+    apply = ops.verify if _applies(logits_RV, uncond_RV) else reference.verify
+    return apply(logits_RV, drafts_R, temperature, top_k, top_p, *key, uncond_RV, scale, ramp, guided_R)
 
 
 def _signed(seed: int) -> int:

@@ -33,7 +33,7 @@ LAUNCHERS = {
     "cached_attention": "pppppppplllllllllllllllpllfliiiiiiip",
     "flow_map": "pppppiillipppppppp",
     "keyed_argmax": "pllllpplpp",
-    "verify": "plllpffldlpplpppppp",
+    "verify": "pllpildlpplpppppp",
 }
 _C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum Type of device.cuh
@@ -184,17 +184,16 @@ class CudaOps:
     def verify(
         self, logits_RV: Tensor, drafts_R: Tensor, temperature: float, top_k: int, top_p: float,
         seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0,
+        uncond_RV: Tensor | None = None, scale: float = 1.0, ramp: bool = False, guided_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        rows, shape = _rows(logits_RV), drafts_R.shape
-        codes, last = (empty(shape, torch.int64, rows) for _ in range(2))
-        log_p, lse, threshold = (empty(shape, torch.float32, rows) for _ in range(3))
-        divisor = max(temperature, reference.MIN_TEMPERATURE) if temperature else 0.0
-        # torch divides by a number on the CPU and multiplies by its inverse on CUDA; Law, which is torch, has to find the same values
-        inverse = 0.0 if self.emulated or not divisor else 1 / ctypes.c_float(divisor).value
-        key = (seed, ids_R.contiguous(), positions_R.contiguous(), purpose | stream << 8)
-        filters = (drafts_R.contiguous(), divisor, inverse, top_k, top_p)
-        self._call("verify", rows, rows, rows.stride(0), *rows.shape, *filters, *key, codes, log_p, lse, threshold, last)
-        return codes, log_p, lse, threshold, last
+        codes, last = (empty(drafts_R.shape, torch.int64, logits_RV) for _ in range(2))
+        log_p, lse, threshold = (empty(drafts_R.shape, torch.float32, logits_RV) for _ in range(3))
+        divisor = max(temperature, reference.MIN_TEMPERATURE) if temperature else 1.0
+        logits = _Logits(logits_RV, uncond_RV, scale, ramp, guided_R, divisor, self.emulated)
+        law, key = (int(temperature == 0), top_k, top_p), (seed, ids_R.contiguous(), positions_R.contiguous(), purpose | stream << 8)
+        results = (codes, log_p, lse, threshold, last)
+        self._call("verify", logits_RV, logits.address, *logits_RV.shape, drafts_R.contiguous(), *law, *key, *results)
+        return results
 
     # ---- attention
 
@@ -316,6 +315,33 @@ def _rows(x: Tensor) -> Tensor:
     """``x`` as a matrix with neighbouring columns, in place where its strides allow."""
     rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+class _Logits(ctypes.Structure):
+    """Logits as a model made them, and what comes before filters: ``struct Logits`` of verify.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("cond", "uncond", "guided")),
+        *((name, ctypes.c_int64) for name in ("cond_stride", "uncond_stride")),
+        *((name, ctypes.c_int) for name in ("type", "ramp")),
+        *((name, ctypes.c_float) for name in ("scale", "gain", "divisor", "inverse")),
+    )  # fmt: skip
+
+    def __init__(
+        self, cond_RV: Tensor, uncond_RV: Tensor | None, scale: float, ramp: bool, guided_R: Tensor | None, divisor: float, emulated: bool
+    ):
+        cond, uncond = _rows(cond_RV), None if uncond_RV is None else _rows(uncond_RV)
+        guided = None if guided_R is None else guided_R.contiguous()
+        self.tensors = (cond, uncond, guided)  # alive until the launch
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in self.tensors]
+        strides = [0 if tensor is None else tensor.stride(0) for tensor in (cond, uncond)]
+        # torch divides by a number on the CPU and multiplies by its inverse on CUDA; Law, which is torch, has to find the same values
+        inverse = 0.0 if emulated else 1 / ctypes.c_float(divisor).value
+        super().__init__(*pointers, *strides, _TYPES[cond.dtype], int(ramp), scale, 1 + scale, divisor, inverse)
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self)
 
 
 def _matrix(rows: Tensor) -> tuple[Tensor, int, int]:

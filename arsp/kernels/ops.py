@@ -87,7 +87,8 @@ def _(log_w_RV: Tensor, seed: int, ids_R: Tensor, positions_R: Tensor, purpose: 
 torch.library.define(
     "arsp::verify",
     "(Tensor logits, Tensor drafts, float temperature, int top_k, float top_p, int seed, Tensor ids, Tensor positions, int purpose, "
-    "int stream=0) -> (Tensor codes, Tensor log_p, Tensor lse, Tensor threshold, Tensor last)",
+    "int stream=0, Tensor? uncond=None, float scale=1, bool ramp=False, Tensor? guided=None) -> "
+    "(Tensor codes, Tensor log_p, Tensor lse, Tensor threshold, Tensor last)",
 )
 torch.library.impl("arsp::verify", "CompositeExplicitAutograd", reference.verify)
 
@@ -96,8 +97,10 @@ torch.library.impl("arsp::verify", "CompositeExplicitAutograd", reference.verify
 def _(
     logits_RV: Tensor, drafts_R: Tensor, temperature: float, top_k: int, top_p: float,
     seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0,
+    uncond_RV: Tensor | None = None, scale: float = 1.0, ramp: bool = False, guided_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     torch._check(logits_RV.dim() == 2, lambda: "verify: expected logits (R, V)")
+    torch._check(uncond_RV is None or uncond_RV.shape == logits_RV.shape, lambda: "verify: the halves differ in shape")
     codes_R, last_R = (drafts_R.new_empty(logits_RV.shape[0]) for _ in range(2))
     log_p_R, lse_R, threshold_R = (logits_RV.new_empty(logits_RV.shape[0], dtype=torch.float32) for _ in range(3))
     return codes_R, log_p_R, lse_R, threshold_R, last_R

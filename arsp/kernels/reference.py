@@ -118,11 +118,22 @@ def noise_elements(like: Tensor) -> int:
     return NOISE_ELEMENTS.get(like.device.type, NOISE_ELEMENTS["cuda"])
 
 
+def guide(cond: Tensor, uncond: Tensor, scale: float, ramp: bool = False, guided: Tensor | None = None) -> Tensor:
+    """Float32 logits of classifier-free guidance, every operation rounded: ``u + scale (c - u)``, or with ``ramp``
+    ``(1 + scale) c - scale u``. ``guided``: bool, broadcast against the logits; c itself where it is False."""
+    cond, uncond = cond.float(), uncond.float()
+    both = (1 + scale) * cond - scale * uncond if ramp else uncond + scale * (cond - uncond)
+    return both if guided is None else torch.where(guided, both, cond)
+
+
 def verify(
     logits_RV: Tensor, drafts_R: Tensor, temperature: float, top_k: int, top_p: float,
     seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0,
+    uncond_RV: Tensor | None = None, scale: float = 1.0, ramp: bool = False, guided_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``(codes, log_p, lse, threshold, last)`` of every row; :func:`arsp.kernels.verify` has the definitions."""
+    if uncond_RV is not None:
+        logits_RV = guide(logits_RV, uncond_RV, scale, ramp, None if guided_R is None else guided_R[:, None])
     scaled_RV = logits_RV.float() / (max(temperature, MIN_TEMPERATURE) if temperature else 1.0)
     best = scaled_RV.max(dim=-1, keepdim=True)  # the first of equal maxima
     if temperature == 0:

@@ -132,7 +132,11 @@ class GPT(nn.Module):
         return h_BnC
 
     def head(self, h_BnC: Tensor) -> Tensor:
-        return self.output(self.norm(h_BnC)).float()
+        return self.raw_logits(h_BnC).float()
+
+    def raw_logits(self, h_BnC: Tensor) -> Tensor:
+        """Logits in the type of the model."""
+        return self.output(self.norm(h_BnC))
 
     def rope_table(self, device: torch.device | str | None = None) -> Tensor:
         """``(P + L, D/2, 2)`` float32 cos and sin; not part of the state dict."""

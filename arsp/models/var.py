@@ -139,8 +139,12 @@ class ClassTransformer(nn.Module):
 
     def logits(self, h_RnC: Tensor, cond: Conditioning) -> Tensor:
         """Float32 logits ``(R, n, V)``; ``cond`` may have further rows."""
+        return self.raw_logits(h_RnC, cond).float()
+
+    def raw_logits(self, h_RnC: Tensor, cond: Conditioning) -> Tensor:
+        """:meth:`logits` in the type of the model."""
         scale, shift = (x[: len(h_RnC)] for x in cond.head)
-        return self.head(self.head_nm.modulate(h_RnC, scale, shift, self.dtype)).float()
+        return self.head(self.head_nm.modulate(h_RnC, scale, shift, self.dtype))
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None, adaln_gamma: float = 1e-3) -> None:

@@ -10,6 +10,7 @@ from arsp.kernels import reference
 from arsp.rng import Purpose, keyed_uniform
 
 SIZES = (1, 3, 17, 500, 1025, 2500)
+RESULTS = ("codes", "log_p", "lse", "threshold", "last")
 LAWS = [(1.0, k, p) for k in (0, 1, 5, 100, 2000) for p in (1.0, 0.9012, 0.0)]
 LAWS += [(0.5, 0, 0.5012), (0.5, 100, 1.0), (0.0, 0, 1.0)]  # temperatures that are powers of two: torch divides by others in two ways
 
@@ -80,6 +81,24 @@ def test_everything_is_that_of_the_reference(target, ties):
             for name, ours, theirs in zip(("log_p", "lse"), found[1:3], wanted[1:3], strict=True):
                 torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0, msg=lambda m, n=name, w=what: f"{n}, {w}: {m}")
             assert torch.equal(found[3], wanted[3]) and torch.equal(found[4], wanted[4]), f"cut of {what}"
+
+
+@TARGETS
+@pytest.mark.parametrize("ramp", [False, True], ids=["scale", "ramp"])
+def test_guidance_is_rounded_as_torch_rounds_it(target, ramp):
+    """All results are those of the combined logits, to the bit; rows that are not guided do not look at their other half."""
+    for codes, dtype in ((1, torch.float32), (17, torch.bfloat16), (500, torch.float32), (1025, torch.bfloat16), (20000, torch.float32)):
+        both, arguments = torch.cat((draw(4, codes, codes), draw(4, codes, codes + 1, removed=0))).to(dtype), key(4)
+        cond, uncond = both.chunk(2)
+        drafts = torch.tensor([-1, codes // 2, 0, codes - 1])
+        for guided in (None, torch.tensor([True, False, True, True])):
+            if guided is not None:
+                uncond[1] = torch.nan
+            rows = reference.guide(cond, uncond, 1.7, ramp, None if guided is None else guided[:, None])
+            for law in ((1.0, 0, 1.0), (0.5, 100, 0.9)) if codes < 20000 else ((1.0, 900, 1.0),):
+                found = target("verify", cond, drafts, *law, *arguments, uncond, 1.7, ramp, guided)
+                for name, ours, theirs in zip(RESULTS, found, target("verify", rows, drafts, *law, *arguments), strict=True):
+                    torch.testing.assert_close(ours, theirs, atol=0, rtol=0, equal_nan=True, msg=f"{name}, V={codes} {law} {guided}")
 
 
 @TARGETS

@@ -190,6 +190,26 @@ def test_greedy_is_the_first_best_code_without_noise(compiled):
 
 
 @EVERY_ISA
+@pytest.mark.parametrize("ramp", [False, True], ids=["scale", "ramp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_guidance_is_rounded_as_torch_rounds_it(use, isa, dtype, ramp):
+    """All results are those of the combined logits, to the bit; rows that are not guided do not look at their other half."""
+    use(isa)
+    for codes in SIZES:
+        both, arguments = torch.cat((draw(6, codes, codes), draw(6, codes, codes + 1, removed=0))).to(dtype), key(6)
+        cond, uncond = both.chunk(2)
+        drafts = torch.arange(-1, 5).clamp(max=codes - 1)
+        for guided in (None, torch.tensor([True, False, True, True, False, False])):
+            if guided is not None:
+                uncond[4] = torch.nan
+            rows = reference.guide(cond, uncond, 1.7, ramp, None if guided is None else guided[:, None])
+            for law in ((1.0, 0, 1.0), (0.7, 5, 0.9), (0.0, 0, 1.0)):
+                found = ops.verify(cond, drafts, *law, *arguments, uncond, 1.7, ramp, guided)
+                for ours, theirs in zip(found, ops.verify(rows, drafts, *law, *arguments), strict=True):
+                    torch.testing.assert_close(ours, theirs, atol=0, rtol=0, equal_nan=True, msg=f"V={codes} {law} {guided}")
+
+
+@EVERY_ISA
 @pytest.mark.parametrize("law", [(1.0, 0, 1.0), (0.5, 3, 0.9), (0.0, 0, 1.0)], ids=str)
 def test_rows_without_a_finite_maximum_are_marked_and_leave_the_others_alone(use, isa, law):
     use(isa)
@@ -267,6 +287,8 @@ def test_opcheck_accepts_the_ops(compiled, ties):
     logits, arguments = draw(4, 40, ties=ties), key(4)
     torch.library.opcheck(ops.keyed_argmax, (logits, *arguments))
     torch.library.opcheck(ops.verify, (logits, torch.arange(4), 0.9, 7, 0.9, *arguments))
+    guided = torch.tensor([True, False, True, True])
+    torch.library.opcheck(ops.verify, (logits, torch.arange(4), 0.9, 7, 0.9, *arguments, draw(4, 40, 1, removed=0), 2.0, False, guided))
 
 
 def test_compiled_graphs_contain_the_ops(compiled):
@@ -286,6 +308,10 @@ def test_public_functions_take_any_float_type_and_leave_gradients_to_torch(compi
     logits, drafts, arguments = draw(4, 40, removed=0), torch.arange(4), key(4)
     for dtype in (torch.bfloat16, torch.float64):
         cast = logits.to(dtype)
+        halves = kernels.verify(cast, drafts, 1.0, 7, 0.9, *arguments, cast.flip(0).float(), 1.5)
+        combined = reference.guide(cast, cast.flip(0), 1.5)
+        for ours, theirs in zip(halves, ops.verify(combined, drafts, 1.0, 7, 0.9, *arguments), strict=True):
+            assert torch.equal(ours, theirs), dtype
         for ours, theirs in zip(
             kernels.verify(cast, drafts, 1.0, 7, 0.9, *arguments), ops.verify(cast.float(), drafts, 1.0, 7, 0.9, *arguments), strict=True
         ):
@@ -331,6 +357,12 @@ def test_shapes_that_do_not_fit_are_refused_by_name(change, words):
     if "drafts" not in change:
         with pytest.raises(ConfigError, match=words):
             kernels.keyed_argmax(given["logits"], 0, given["ids"], given["positions"], 0)
+
+
+def test_halves_of_two_shapes_are_refused():
+    ids = torch.arange(4)
+    with pytest.raises(ConfigError, match=r"halves have shapes \(4, 9\) and \(4, 8\)"):
+        kernels.verify(torch.zeros(4, 9), ids, 1.0, 0, 1.0, 0, ids, ids, 0, 0, torch.zeros(4, 8))
 
 
 def test_a_draft_outside_the_vocabulary_is_refused(compiled):

@@ -171,18 +171,43 @@ ARSP_TARGET int64_t draw(const float* s, int64_t padded, float max, const Law& l
   return code;
 }
 
-// Copies a row divided by the temperature into s, padded with -inf; returns its maximum, or NaN where there is one.
-ARSP_TARGET float scale(const float* row, int64_t V, float divisor, float* s, int64_t padded) {
+// The first `num` values, zeros behind them.
+template <typename T>
+ARSP_TARGET inline vec load_some(const T* p, int64_t num) {
+  if (num >= ARSP_LANES) return load(p);
+  T some[ARSP_LANES] = {};
+  std::copy(p, p + num, some);
+  return load(some);
+}
+
+// The value itself, rounded: no multiply-add takes it in.
+ARSP_TARGET inline vec rounded(vec x) {
+#if defined(__has_builtin) && __has_builtin(__builtin_assoc_barrier)
+  return __builtin_assoc_barrier(x);
+#else
+  asm("" : "+m"(x));
+  return x;
+#endif
+}
+
+// Copies a row, guided and divided by the temperature, into s, padded with -inf; returns its maximum, or NaN where there is one.
+template <typename T>
+ARSP_TARGET float scale_as(const Logits& row, int64_t V, float* s, int64_t padded) {
+  const T *const cond = static_cast<const T*>(row.cond), *const uncond = static_cast<const T*>(row.uncond);
   vec maxima = splat(-INFINITY);
-  ints invalid = {};
+  ints invalid = {}, id;
+  for (int i = 0; i < ARSP_LANES; ++i) id[i] = i;
   for (int64_t x = 0; x < padded; x += ARSP_LANES) {
     vec v = splat(-INFINITY);
-    if (x + ARSP_LANES <= V) {
-      v = load(row + x);
-    } else if (x < V) {
-      std::memcpy(&v, row + x, (V - x) * sizeof(float));
+    if (x < V) {
+      v = load_some(cond + x, V - x);
+      if (uncond != nullptr) {
+        const vec u = load_some(uncond + x, V - x);
+        v = row.ramp ? rounded(row.gain * v) - rounded(row.scale * u) : u + rounded(row.scale * (v - u));
+      }
+      if (row.divisor != 1) v /= row.divisor;
+      if (V - x < ARSP_LANES) v = id < static_cast<int32_t>(V - x) ? v : splat(-INFINITY);
     }
-    if (divisor != 1) v /= divisor;
     store(s + x, v);
     maxima = v > maxima ? v : maxima;
     invalid |= v != v;
@@ -193,6 +218,10 @@ ARSP_TARGET float scale(const float* row, int64_t V, float divisor, float* s, in
     max = std::max(max, maxima[i]);
   }
   return max;
+}
+
+ARSP_TARGET float scale(const Logits& row, int64_t V, float* s, int64_t padded) {
+  return row.narrow ? scale_as<Bf16>(row, V, s, padded) : scale_as<float>(row, V, s, padded);
 }
 
 // Sum of e^(list[i] - max) in float64; -inf follows the list up to a whole register.
@@ -278,16 +307,16 @@ ARSP_TARGET Law filter(const float* s, int64_t V, int64_t padded, float max, con
   return law;
 }
 
-ARSP_TARGET int64_t argmax_row(const float* log_w, int64_t V, const Key& key, Scratch& scratch) {
+ARSP_TARGET int64_t argmax_row(const Logits& log_w, int64_t V, const Key& key, Scratch& scratch) {
   const int64_t padded = (V + kChunk - 1) / kChunk * kChunk;
-  const float max = scale(log_w, V, 1, scratch.row.get(), padded);
+  const float max = scale(log_w, V, scratch.row.get(), padded);
   return std::isfinite(max) ? draw(scratch.row.get(), padded, max, {0, -INFINITY, V - 1}, key) : -1;
 }
 
-ARSP_TARGET Outcome verify_row(const float* logits, int64_t V, int64_t draft, const Filters& filters, const Key& key, Scratch& scratch) {
+ARSP_TARGET Outcome verify_row(const Logits& logits, int64_t V, int64_t draft, const Filters& filters, const Key& key, Scratch& scratch) {
   const int64_t padded = (V + kChunk - 1) / kChunk * kChunk;
   const float* const s = scratch.row.get();
-  const float max = scale(logits, V, filters.divisor, scratch.row.get(), padded);
+  const float max = scale(logits, V, scratch.row.get(), padded);
   if (!std::isfinite(max)) return {{NAN, NAN, -1}, -1, draft < 0 ? 0 : NAN};
   Outcome out{};
   if (filters.greedy) {

@@ -1,7 +1,8 @@
 // keyed_argmax and verify: the filtered law of a row of logits as three numbers, a keyed draw from it, and the log-probability of a
 // draft (reference.py has the definitions).
 //
-// A block is a row. The row is read from memory once, into shared memory where it fits; nothing of its size is written. Top-k and
+// A block is a row. The row, both halves of it with guidance, is read from memory once, into shared memory where it fits; nothing of its
+// size is written. Top-k and
 // top-p are one selection: a histogram of distances to the maximum, then histograms of the keys inside the bin where the cut lies, at most
 // four in all. Masses are whole numbers of 2^-46 of the maximum's, so their sums depend on no order and the cut is the same in every run.
 #include "device.cuh"
@@ -22,8 +23,17 @@ struct Key {
   uint32_t purpose;
 };
 
+// Logits as a model made them, and what comes before filters (class _Logits of arsp/kernels/cuda.py).
+struct Logits {
+  const void *cond, *uncond;  // (R, V); uncond null: no guidance
+  const bool* guided;         // (R), null: all rows
+  int64_t cond_stride, uncond_stride;
+  int type, ramp;
+  float scale, gain;       // u + scale (c - u), or with ramp gain c - scale u
+  float divisor, inverse;  // then logits are divided by one, or multiplied by the other where it is not 0, as torch does it on the device
+};
+
 struct Filters {
-  float divisor, inverse;  // logits are divided by one, or multiplied by the other where it is not 0, as torch does it on the device
   bool greedy;
   int64_t top_k;
   double top_p;
@@ -35,16 +45,44 @@ struct Law {
   ARSP_DEVICE bool keeps(float s, int64_t code) const { return s > threshold || (s == threshold && code <= last); }
 };
 
-struct Row {
-  const float* from;
-  bool scaled;  // it is a copy in shared memory
-  Filters filters;
-  ARSP_DEVICE float operator[](int i) const { return scaled ? from[i] : scale(from[i]); }
-  ARSP_DEVICE float scale(float x) const {
-    if (filters.inverse != 0) x = __fmul_rn(x, filters.inverse);
-    else if (filters.divisor != 1) x = __fdiv_rn(x, filters.divisor);
+// A row of logits, guided and divided by the temperature.
+class Row {
+ public:
+  ARSP_DEVICE Row(const Logits& logits, int64_t r) : all(logits) {
+    const int64_t size = logits.type == kFloat ? sizeof(float) : sizeof(Bf16);
+    cond = {static_cast<const char*>(logits.cond) + r * logits.cond_stride * size, logits.type};
+    const bool guided = logits.uncond != nullptr && (logits.guided == nullptr || logits.guided[r]);
+    uncond = {guided ? static_cast<const char*>(logits.uncond) + r * logits.uncond_stride * size : nullptr, logits.type};
+  }
+  ARSP_DEVICE float operator[](int i) const { return copy != nullptr ? copy[i] : read(i); }
+
+  // Copies the row to `to` (shared memory) where it is not null; returns its maximum, NaN where there is one.
+  template <typename Shared>
+  ARSP_DEVICE float stage(int V, float* to, Shared& shared) {
+    float max = -kInfinity;
+    for (int i = threadIdx.x; i < V; i += kThreads) {
+      const float s = read(i);
+      if (to != nullptr) to[i] = s;
+      max = Max()(s, max);
+    }
+    copy = to;
+    return block_reduce(max, Max(), shared.floats);
+  }
+
+ private:
+  ARSP_DEVICE float read(int i) const {
+    float x = cond[i];
+    if (uncond.data != nullptr) {
+      const float u = uncond[i];
+      x = all.ramp ? __fsub_rn(__fmul_rn(all.gain, x), __fmul_rn(all.scale, u)) : __fadd_rn(u, __fmul_rn(all.scale, __fsub_rn(x, u)));
+    }
+    if (all.inverse != 0) x = __fmul_rn(x, all.inverse);
+    else if (all.divisor != 1) x = __fdiv_rn(x, all.divisor);
     return __fadd_rn(x, 0.f);  // -0 becomes 0
   }
+  const Logits& all;
+  const float* copy = nullptr;
+  Numbers cond, uncond;
 };
 
 // Orders floats as whole numbers.
@@ -289,24 +327,12 @@ ARSP_DEVICE int64_t draw(const Row& row, int V, const Law& law, const Key& key, 
 
 // ---- rows
 
-// Points `row` at a copy of itself in shared memory where there is room; returns its maximum, NaN where there is one.
-ARSP_DEVICE float stage(Row& row, int V, bool copied, float* values, Shared& shared) {
-  float max = -kInfinity;
-  for (int x = threadIdx.x; x < V; x += kThreads) {
-    const float s = row.scale(row.from[x]);
-    if (copied) values[x] = s;
-    max = Max()(s, max);
-  }
-  if (copied) row.from = values, row.scaled = true;
-  return block_reduce(max, Max(), shared.floats);
-}
-
-__global__ void __launch_bounds__(kThreads) keyed_argmax(const float* log_w, int64_t stride, int V, bool copied, Key key, int64_t* codes) {
+__global__ void __launch_bounds__(kThreads) keyed_argmax(Logits log_w, int V, bool copied, Key key, int64_t* codes) {
   ARSP_DYNAMIC_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const int64_t r = blockIdx.x;
-  Row row{log_w + r * stride, false, {1, 0, false, 0, 1}};
-  const float max = stage(row, V, copied, reinterpret_cast<float*>(&shared + 1), shared);
+  Row row(log_w, r);
+  const float max = row.stage(V, copied ? reinterpret_cast<float*>(&shared + 1) : nullptr, shared);
   const bool finite = fabsf(max) < kInfinity;
   const int64_t code = finite ? draw(row, V, {0, -kInfinity, V - 1}, key, r, shared) : -1;
   if (threadIdx.x == 0) codes[r] = code;
@@ -319,12 +345,12 @@ struct Results {
 };
 
 __global__ void __launch_bounds__(kThreads)
-    verify(const float* logits, int64_t stride, int V, bool copied, const int64_t* drafts, Filters filters, Key key, Results to) {
+    verify(Logits logits, int V, bool copied, const int64_t* drafts, Filters filters, Key key, Results to) {
   ARSP_DYNAMIC_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const int64_t r = blockIdx.x, draft = drafts[r];
-  Row row{logits + r * stride, false, filters};
-  const float max = stage(row, V, copied, reinterpret_cast<float*>(&shared + 1), shared);
+  Row row(logits, r);
+  const float max = row.stage(V, copied ? reinterpret_cast<float*>(&shared + 1) : nullptr, shared);
   const float nan = __uint_as_float(0x7fc00000u);
   Law law{nan, nan, -1};
   int64_t code = -1;
@@ -357,18 +383,18 @@ size_t shared_bytes(int64_t V, bool copied) { return sizeof(Shared) + (copied ? 
 ARSP_EXPORT int arsp_keyed_argmax(const float* log_w, int64_t stride, int64_t R, int64_t V, int64_t seed, const int64_t* ids, const int64_t* positions,
                                   int64_t purpose, int64_t* codes, cudaStream_t stream) {
   const bool copied = V <= kSharedCodes;
+  const Logits logits{log_w, nullptr, nullptr, stride, 0, kFloat, 0, 1, 1, 1, 0};
   const Key key{static_cast<uint64_t>(seed), ids, positions, static_cast<uint32_t>(purpose)};
-  return launch(keyed_argmax, dim3(static_cast<unsigned>(R)), kThreads, shared_bytes(V, copied), stream, log_w, stride, static_cast<int>(V), copied,
-                key, codes);
+  return launch(keyed_argmax, dim3(static_cast<unsigned>(R)), kThreads, shared_bytes(V, copied), stream, logits, static_cast<int>(V), copied, key,
+                codes);
 }
 
-// inverse: what logits are multiplied by; 0: they are divided by divisor. Greedy where the divisor is 0.
-ARSP_EXPORT int arsp_verify(const float* logits, int64_t stride, int64_t R, int64_t V, const int64_t* drafts, float divisor, float inverse,
-                            int64_t top_k, double top_p, int64_t seed, const int64_t* ids, const int64_t* positions, int64_t purpose, int64_t* codes,
-                            float* log_p, float* lse, float* threshold, int64_t* last, cudaStream_t stream) {
-  const bool copied = V <= kSharedCodes, greedy = divisor == 0;
-  const Filters filters{greedy ? 1.f : divisor, inverse, greedy, top_k, top_p};
+ARSP_EXPORT int arsp_verify(const Logits* logits, int64_t R, int64_t V, const int64_t* drafts, int greedy, int64_t top_k, double top_p, int64_t seed,
+                            const int64_t* ids, const int64_t* positions, int64_t purpose, int64_t* codes, float* log_p, float* lse,
+                            float* threshold, int64_t* last, cudaStream_t stream) {
+  const bool copied = V <= kSharedCodes;
+  const Filters filters{greedy != 0, top_k, top_p};
   const Key key{static_cast<uint64_t>(seed), ids, positions, static_cast<uint32_t>(purpose)};
-  return launch(verify, dim3(static_cast<unsigned>(R)), kThreads, shared_bytes(V, copied), stream, logits, stride, static_cast<int>(V), copied,
-                drafts, filters, key, Results{codes, log_p, lse, threshold, last});
+  return launch(verify, dim3(static_cast<unsigned>(R)), kThreads, shared_bytes(V, copied), stream, *logits, static_cast<int>(V), copied, drafts,
+                filters, key, Results{codes, log_p, lse, threshold, last});
 }
