@@ -129,7 +129,8 @@ class Decoder(Protocol):
         rewinds also takes ``nodes``: tokens that do not follow one another."""
 
     def rewind(self, state: Any, lengths_B: Tensor) -> None:
-        """Forget every token of row b at positions >= ``lengths_B[b]``."""
+        """Forget every token of row b at positions >= ``lengths_B[b]``. They may lie on the CPU, as may the rows of :meth:`select`: then no
+        decoder has to read them from the device."""
 
     def keep(self, state: Any, slots_Bk: Tensor, start_B: Tensor, count_B: Tensor) -> None:
         """After a pass with nodes (of a decoder that rewinds): the tokens at the first ``count_B[b]`` of these slots become positions

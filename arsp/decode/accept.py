@@ -91,22 +91,26 @@ class LanternRule(ExactRule):
 
     def ratio(self, law: Law, log_p_Bm: Tensor, tape: Tape, positions_Bm: Tensor, drafts_Bm: Tensor) -> Tensor:
         near = law.log_prob(self.nearest[drafts_Bm].long()).exp()
-        added, _ = self.borrowed(log_p_Bm.exp(), near)
+        added, _ = self.borrowed(log_p_Bm.exp(), near, tape)
         q = tape.log_q(positions_Bm, drafts_Bm.unsqueeze(-1)).squeeze(-1).exp()
         return ((log_p_Bm.exp() + added) / q).nan_to_num(0.0, posinf=torch.inf)
 
-    def borrowed(self, p_Bm: Tensor, near_BmK: Tensor) -> tuple[Tensor, Tensor]:
+    def borrowed(self, p_Bm: Tensor, near_BmK: Tensor, tape: Tape | None = None) -> tuple[Tensor, Tensor]:
         """Mass added to each draft, and from how many of its neighbours: the longest prefix whose mass stays within the bound.
 
-        NumericalError when the mass is beyond the bound: the promise of the rule.
+        NumericalError when the mass is beyond the bound: the promise of the rule. With a ``tape`` it is a claim of this pass.
         """
         limit = torch.full_like(p_Bm, self.bound) if self.bound <= 1 else (self.bound - 1) * p_Bm
         mass = near_BmK.cumsum(-1)
         count = (mass <= limit.unsqueeze(-1)).sum(-1)
         padded = torch.cat((torch.zeros_like(mass[..., :1]), mass), dim=-1)
         added = padded.gather(-1, count.unsqueeze(-1)).squeeze(-1)
-        if bool((added > limit).any()):
-            raise NumericalError(f"lantern: {float(added.max()):.3g} of mass was moved, beyond the bound of {self.exactness}.")
+        broken = NumericalError(f"lantern: more mass was moved than {self.exactness} allows: it is beyond the bound.")
+        holds = ~(added > limit).any()
+        if tape is not None:
+            tape.claim(holds, broken)
+        elif not bool(holds):
+            raise broken
         return added, count
 
 

@@ -31,6 +31,7 @@ def decode_blocks(
 ) -> Generation:  # fmt: skip
     """Fill ``codes_BL`` block by block: one pass of the decoder a block, codes from ``choose(logits, pipeline, positions)``.
 
+    Nothing is read from the device before the end. NumericalError: a law without a possible code, which ``choose`` reports as code -1.
     ``prefix_Bp``: codes already known (whole blocks). ``stop``: blocks that begin at or behind this position are left at 0.
     """
     layout, device = decoder.layout, request.sample_ids_B.device
@@ -40,16 +41,17 @@ def decode_blocks(
     if known:
         codes_BL[:, :known] = prefix_Bp
     state, passes, filled = decoder.start(request), 0, 0
-    for block in layout.blocks:
+    places = torch.tensor([place for block in layout.blocks for place in block], device=device)
+    for block, positions_m in zip(layout.blocks, places.split([len(block) for block in layout.blocks]), strict=True):
         if block[0] < known or (stop is not None and block[0] >= stop):
             continue
-        positions_m = torch.tensor(block, dtype=torch.int64, device=device)
         logits_BmV = step_apart(decoder, state, fed_Bn)[:, -len(block) :]
-        fed_Bn = choose(logits_BmV, pipeline, positions_m)
-        codes_BL[:, positions_m] = fed_Bn
+        codes_Bm = choose(logits_BmV, pipeline, positions_m)
+        codes_BL[:, positions_m], fed_Bn = codes_Bm, codes_Bm.clamp_min(0)
         passes, filled = passes + 1, filled + len(block)
         if callback:
             callback(len(block))
+    check_possible(codes_BL >= 0)
     stats = {"passes": passes, "tokens_per_pass": filled / max(passes, 1)}
     if hasattr(state, "peak_kv_bytes"):
         stats["kv_bytes"] = state.peak_kv_bytes
@@ -96,9 +98,7 @@ def keyed_choice(request: Request) -> Choose:
             following = torch.arange(position, position + span, device=positions_m.device)
             noise = keyed_gumbel(request.seed, request.sample_ids_B[:, None], following, num_codes)
             ahead.update({position + i: noise[:, i : i + 1] for i in range(span)})
-        codes_Bm = reference.perturbed_argmax(log_p_BmV, ahead[position])
-        check_possible(codes_Bm >= 0)
-        return codes_Bm
+        return reference.perturbed_argmax(log_p_BmV, ahead[position])
 
     return choose
 

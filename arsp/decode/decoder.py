@@ -22,20 +22,29 @@ from arsp.protocols import Capabilities, Layout, Nodes, Request
 
 @dataclass
 class RasterState:
-    """Where each row stands. ``lengths_B`` counts known (fed) codes; ``uniform`` is their common value, or None."""
+    """Where each row stands. ``lengths_B`` counts known (fed) codes, ``lengths`` are the same numbers on the host."""
 
     prefix_RPC: Tensor  # R = B rows, or 2B with guidance
     caption_mask_RP: Tensor | None
     cache: KVCache
     lengths_B: Tensor
-    uniform: int | None = 0
+    lengths: list[int]
     prefilled: bool = False
     passes: int = 0
     peak_kv_bytes: int = 0
 
     @property
     def batch_size(self) -> int:
-        return int(self.lengths_B.shape[0])
+        return len(self.lengths)
+
+    @property
+    def uniform(self) -> int | None:
+        """The length of all rows, None where they differ."""
+        return self.lengths[0] if self.lengths and self.lengths.count(self.lengths[0]) == len(self.lengths) else None
+
+    def grow(self, num: int) -> None:
+        """Every row holds ``num`` codes more."""
+        self.lengths_B, self.lengths = self.lengths_B + num, [length + num for length in self.lengths]
 
 
 class RasterDecoder:
@@ -64,7 +73,7 @@ class RasterDecoder:
         slots = cfg.cls_token_num + capacity
         cache = KVCache(cfg.n_layer, prefix.shape[0], cfg.n_head, slots, cfg.head_dim, dtype=dtype, device=device)
         lengths = torch.zeros(request.batch_size, dtype=torch.int64, device=device)
-        return RasterState(prefix, mask, cache, lengths)
+        return RasterState(prefix, mask, cache, lengths, [0] * request.batch_size)
 
     @torch.inference_mode()
     def step(self, state: RasterState, codes_Bn: Tensor | None, nodes: Nodes | None = None) -> Tensor:
@@ -91,27 +100,29 @@ class RasterDecoder:
         P = self.model.config.cls_token_num
         target = start_B[:, None] + torch.arange(slots_Bk.shape[1], device=slots_Bk.device)
         state.cache.move(P + slots_Bk, P + target)
-        self._stand_at(state, start_B + count_B)
+        lengths_B = start_B + count_B
+        self._stand_at(state, lengths_B, lengths_B.tolist())
 
     def rewind(self, state: RasterState, lengths_B: Tensor) -> None:
-        """Forget codes at positions >= ``lengths_B[b]``; their cache slots are overwritten by the next pass."""
-        lengths_B = lengths_B.to(state.lengths_B)
-        if bool((lengths_B > state.lengths_B).any()) or bool((lengths_B < 0).any()):
-            raise UsageError(f"rewind to {lengths_B.tolist()}: rows hold {state.lengths_B.tolist()} codes.")
-        self._stand_at(state, lengths_B)
+        """Forget codes at positions >= ``lengths_B[b]``; their cache slots are overwritten by the next pass. Numbers that lie on the CPU
+        keep the host from waiting for the device."""
+        lengths = lengths_B.tolist()
+        if any(not 0 <= to <= at for to, at in zip(lengths, state.lengths, strict=True)):
+            raise UsageError(f"rewind to {lengths}: rows hold {state.lengths} codes.")
+        if lengths != state.lengths:
+            self._stand_at(state, lengths_B, lengths)
 
     def select(self, state: RasterState, rows: Tensor) -> RasterState:
         """A state of these rows only (both guidance halves)."""
-        B = state.batch_size
+        B, kept = state.batch_size, rows.tolist()
+        rows = rows.to(state.lengths_B.device)
         halves = torch.cat((rows, rows + B)) if state.prefix_RPC.shape[0] == 2 * B else rows
-        lengths = state.lengths_B[rows]
-        same = len(lengths) > 0 and bool((lengths == lengths[0]).all())
         return replace(
             state,
             prefix_RPC=state.prefix_RPC[halves],
             cache=state.cache.select(rows, B),
-            lengths_B=lengths,
-            uniform=int(lengths[0]) if same else None,
+            lengths_B=state.lengths_B[rows],
+            lengths=[state.lengths[row] for row in kept],
             caption_mask_RP=None if state.caption_mask_RP is None else state.caption_mask_RP[halves],
         )
 
@@ -142,9 +153,9 @@ class RasterDecoder:
             captions, mask = torch.cat((captions, null)), None if mask is None else torch.cat((mask, mask))
         return captions, mask
 
-    def _stand_at(self, state: RasterState, lengths_B: Tensor) -> None:
-        state.lengths_B = lengths_B.clone()
-        state.uniform = int(lengths_B[0]) if bool((lengths_B == lengths_B[0]).all()) else None
+    def _stand_at(self, state: RasterState, lengths_B: Tensor, lengths: list[int]) -> None:
+        state.lengths_B = lengths_B.to(state.lengths_B, non_blocking=True, copy=True)
+        state.lengths = lengths
 
     def _embed(self, codes_Bn: Tensor, guided: bool) -> Tensor:
         h = self.model.tok_embeddings(codes_Bn)
@@ -162,26 +173,24 @@ class RasterDecoder:
             self._room(state, n)
             h = torch.cat((h, self._embed(codes_Bn, self.guidance.active)), dim=1)
         h = self._pass(state, h, start=0)
-        state.prefilled, state.uniform = True, n
-        state.lengths_B = state.lengths_B + n
+        state.prefilled = True
+        state.grow(n)
         return self._guide(self.model.raw_logits(h[:, P - 1 :]), self.guidance.active, torch.arange(n + 1, device=h.device))
 
     def _extend(self, state: RasterState, codes_Bn: Tensor) -> Logits:
         P, n = self.model.config.cls_token_num, codes_Bn.shape[1]
-        longest = state.uniform if state.uniform is not None else int(state.lengths_B.max())
+        uniform, longest = state.uniform, max(state.lengths)
         self._room(state, longest + n)
         offsets = torch.arange(n, device=codes_Bn.device)
-        tokens = (longest if state.uniform is not None else state.lengths_B[:, None]) + offsets + 1  # indices of the predicted tokens
-        lowest = longest if state.uniform is not None else int(state.lengths_B.min())
-        guided = self.guidance.active and lowest + 1 <= self.guidance.last_guided
+        tokens = (state.lengths_B[:, None] if uniform is None else uniform) + offsets + 1  # indices of the predicted tokens
+        guided = self.guidance.active and min(state.lengths) + 1 <= self.guidance.last_guided
         h = self._embed(codes_Bn, guided)
-        if state.uniform is not None:
-            h = self._pass(state, h, start=P + longest)
-            state.uniform += n
-        else:
+        if uniform is None:
             positions = (P + state.lengths_B[:, None] + offsets).repeat(2 if guided else 1, 1)
             h = self._pass(state, h, positions_Rn=positions, total=P + longest + n)
-        state.lengths_B = state.lengths_B + n
+        else:
+            h = self._pass(state, h, start=P + uniform)
+        state.grow(n)
         return self._guide(self.model.raw_logits(h), guided, tokens)
 
     def _step_nodes(self, state: RasterState, codes_Bn: Tensor, nodes: Nodes) -> Logits:

@@ -6,16 +6,16 @@ before it, is what it is tested against. A deterministic guess has a one-hot law
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arsp.decode.filters import LogitsPipeline
+from arsp.decode.filters import LogitsPipeline, impossible
 from arsp.decode.guidance import Logits, step_apart
 from arsp.decode.law import Law
-from arsp.errors import ConfigError, nearest
+from arsp.errors import ConfigError, NumericalError, nearest
 from arsp.kernels import keyed_argmax
 from arsp.protocols import Decoder, Request
 from arsp.rng import Purpose, keyed_uniform
@@ -53,6 +53,10 @@ class Tape:
     prior_YLV: Tensor | None = None  # probabilities by class, position and code; shared by all rows
     passes: int = 0
     before: tuple[Tensor, Tensor] | None = None  # first position and log p of the last pass, for a redraw that compares
+    known: list[int] | None = None  # ``known_B`` and ``drafted_B`` on the host where the loop keeps them there
+    drafted: list[int] | None = None
+    stop: list[int] | None = None  # of a drafter that is at work: up to where there have to be drafts
+    claims: list[tuple[Tensor, NumericalError]] = field(default_factory=list)  # see :meth:`claim`
 
     @staticmethod
     def of(request: Request, length: int, vocab_size: int, prior_YLV: Tensor | None = None, spare: int = 0) -> Tape:
@@ -75,10 +79,23 @@ class Tape:
         """The tape of these rows only."""
         laws = None if self.laws is None else self.laws.select(rows)
         before = None if self.before is None else (self.before[0][rows], self.before[1][rows])
+        known, drafted = (None if x is None else [x[row] for row in rows.tolist()] for x in (self.known, self.drafted))
         return Tape(
             self.request.rows(rows), self.vocab_size, self.length, self.codes_BL[rows], self.known_B[rows], self.drafted_B[rows],
-            self.source_BL[rows], self.rows_B[rows], self.uniform_BL[rows], laws, self.prior_YLV, self.passes, before,
+            self.source_BL[rows], self.rows_B[rows], self.uniform_BL[rows], laws, self.prior_YLV, self.passes, before, known, drafted,
         )  # fmt: skip
+
+    def ends(self) -> tuple[list[int], list[int]]:
+        """Known codes and drafts of every row, from the host or else from the device."""
+        return (self.known, self.drafted) if self.known is not None else torch.stack((self.known_B, self.drafted_B)).tolist()
+
+    def stops(self, stop_B: Tensor) -> list[int]:
+        """The numbers ``stop_B`` that a drafter was called with, from the host or else from the device."""
+        return stop_B.tolist() if self.stop is None else self.stop
+
+    def claim(self, holds: Tensor, error: NumericalError) -> None:
+        """Something that has to hold: the host looks at it when it reads the results of the pass, and raises the error otherwise."""
+        self.claims.append((holds, error))
 
     def draw(
         self, log_w_BmV: Tensor, positions_Bm: Tensor, purpose: Purpose, stream: int = 0, rows_B: Tensor | None = None
@@ -144,10 +161,10 @@ class Initialiser:
             self.ngrams.fill(tape, stop_B)
 
     def _fill_new(self, tape: Tape, stop_B: Tensor) -> None:
-        start_B = torch.maximum(tape.drafted_B, tape.known_B)
-        num = int((stop_B - start_B).max())
+        num = max(stop - max(ends) for stop, *ends in zip(tape.stops(stop_B), *tape.ends(), strict=True))
         if num <= 0:
             return
+        start_B = torch.maximum(tape.drafted_B, tape.known_B)
         wanted = (start_B < stop_B)[:, None]
         positions = torch.minimum(start_B[:, None] + torch.arange(num, device=stop_B.device), stop_B[:, None] - 1)
         at = positions.clamp(0, tape.length - 1)  # a row that needs fewer makes its last one again
@@ -216,7 +233,7 @@ class NGrams:
 
     def fill(self, tape: Tape, stop_B: Tensor) -> None:
         """Draft positions ``known_B .. stop_B - 1`` anew, one behind another, where the run before them was seen."""
-        num = int((stop_B - tape.known_B).max())
+        num = max(stop - known for stop, known in zip(tape.stops(stop_B), tape.ends()[0], strict=True))
         base, keys, best = self.vocab_size + 1, self.keys_N.to(stop_B.device), self.codes_N.to(stop_B.device)
         back = tape.known_B[:, None] + torch.arange(-self.order, 0, device=stop_B.device)
         run = torch.where(back >= 0, tape.codes_BL.gather(1, back.clamp_min(0)), self.vocab_size)
@@ -253,11 +270,12 @@ class DraftModel:
 
     def fill(self, tape: Tape, stop_B: Tensor) -> None:
         """Draft positions ``known_B .. stop_B - 1`` anew. A row that has fewer to draft than others follows its known codes first."""
-        num = int((stop_B - tape.known_B).max())
+        stops = tape.stops(stop_B)
+        num = max(stop - known for stop, known in zip(stops, tape.ends()[0], strict=True))
         if num <= 0:
             return
-        first_B, stream, laws = stop_B - num, tape.passes + 1, []
-        logits = self._catch_up(tape, first_B)
+        first_B, stream, laws, codes = stop_B - num, tape.passes + 1, [], []
+        logits = self._catch_up(tape, first_B, [stop - num for stop in stops])
         for step in range(num):
             position = (first_B + step)[:, None]
             known = tape.codes_BL.gather(1, position)
@@ -265,23 +283,25 @@ class DraftModel:
                 logits[:, -1:], known, tape.request.seed, tape.ids_B, position, self.purpose, 0 if self.purpose == Purpose.TOKEN else stream
             )
             laws.append(law.clone())
-            code = torch.where(position < tape.known_B[:, None], known, drawn)
+            codes.append(drawn)
+            code = torch.where(position < tape.known_B[:, None], known, drawn.clamp_min(0))
             tape.codes_BL = tape.codes_BL.scatter(1, position, code)
             if step + 1 < num or tape.passes == 0:  # the first pass may accept all: then two codes would be missing here
                 logits = self._step(code)
         positions = first_B[:, None] + torch.arange(num, device=stop_B.device)
         tape.source_BL = tape.source_BL.scatter(1, positions, torch.arange(num, device=stop_B.device).expand(positions.shape))
         tape.laws = Law.stack(laws) if self.purpose != Purpose.TOKEN else None
+        tape.claim((torch.cat(codes, dim=1) >= 0).all(), impossible())
         tape.drafted_B = stop_B
 
     def _step(self, codes: Tensor | None) -> Logits:
         self.passes += 1
         return step_apart(self.decoder, self.state, codes)
 
-    def _catch_up(self, tape: Tape, first_B: Tensor) -> Logits:
+    def _catch_up(self, tape: Tape, first_B: Tensor, first: list[int]) -> Logits:
         """Logits of position ``first_B``. Where all drafts stood, two codes are new to the small model."""
         if tape.passes == 0:
             return self._step(None)
-        back = min(2, int(first_B.min()))
-        self.decoder.rewind(self.state, first_B - back)
+        back = min(2, *first)
+        self.decoder.rewind(self.state, torch.tensor([at - back for at in first]))
         return self._step(tape.codes_BL.gather(1, first_B[:, None] - back + torch.arange(back, device=first_B.device)))

@@ -64,7 +64,7 @@ class LogitsPipeline:
         stream: int = 0,
     ) -> tuple[Law, Tensor, Tensor]:  # fmt: skip
         """One look at the logits: the law, a keyed draw from it ``codes_Bm`` (as ``arsp.decode.ar.draw_codes``), and the log-probability
-        ``(B, m)`` of ``drafts_Bm``. NumericalError where a law has no possible code or holds a NaN."""
+        ``(B, m)`` of ``drafts_Bm``. A law without a possible code, or with a NaN, gives the code -1: nobody waits to be told."""
         shape = logits_BmV.shape[:2]
         if self.top_h > 0:  # the kernel has no entropy-bounded cut: filter first, then nothing is left to cut
             logits_BmV, rule = self.masked_logits(logits_BmV), (1.0, 0, 1.0)
@@ -76,7 +76,6 @@ class LogitsPipeline:
             seed, sample_ids_B[:, None].expand(shape).flatten(), positions_Bm.flatten(), int(purpose), stream,
             *(logits_BmV.arguments() if apart else ()),
         )  # fmt: skip
-        check_possible(drawn >= 0)
         scale = 1.0 if rule[0] == 0 else max(rule[0], MIN_TEMPERATURE)
         return Law(logits_BmV, *(x.view(shape) for x in law), scale), drawn.view(shape), log_p.view(shape)
 
@@ -147,10 +146,14 @@ def _one_hot_log_probs(logits: Tensor) -> Tensor:
 
 def check_possible(drawn: Tensor) -> None:
     if not drawn.all():
-        raise NumericalError(
-            "sampling: a row of log-probabilities has no finite maximum (NaN logits, or every code removed).",
-            hint="check the model's weights and dtype; float16 activations may overflow",
-        )
+        raise impossible()
+
+
+def impossible() -> NumericalError:
+    return NumericalError(
+        "sampling: a row of log-probabilities has no finite maximum (NaN logits, or every code removed).",
+        hint="check the model's weights and dtype; float16 activations may overflow",
+    )
 
 
 def _check(name: str, value: float, valid: bool, expected: str) -> None:

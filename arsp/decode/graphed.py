@@ -96,21 +96,19 @@ class GraphedDecoder(RasterDecoder):
         if self._holder() is not state or state.caption_mask_RP is not None:
             return super()._extend(state, codes_Bn)
         P, n = self.model.config.cls_token_num, codes_Bn.shape[1]
-        longest = state.uniform if state.uniform is not None else int(state.lengths_B.max())
-        lowest = longest if state.uniform is not None else int(state.lengths_B.min())
+        longest = max(state.lengths)
         self._room(state, longest + n)
         total = state.cache.capacity
         if not reads_lengths(state.cache.k[0], n):
             total = min(-(-(P + longest + n) // SLOTS) * SLOTS, total)
-        guided = self.guidance.active and lowest + 1 <= self.guidance.last_guided
+        guided = self.guidance.active and min(state.lengths) + 1 <= self.guidance.last_guided
         key, inputs = (n, total, guided), (codes_Bn, state.lengths_B)
         if key not in self._graphs:
             self._graphs[key] = self._capture(lambda codes, lengths: self._replayed(codes, lengths, total, guided), inputs)
         logits_RnV, tokens_Bn = self._graphs[key](*inputs)
         state.passes += 1
         state.peak_kv_bytes = max(state.peak_kv_bytes, state.cache.bytes(P + longest + n))
-        state.uniform = None if state.uniform is None else state.uniform + n
-        state.lengths_B = state.lengths_B + n
+        state.grow(n)
         return self._guide(logits_RnV, guided, tokens_Bn)
 
     def _replayed(self, codes_Bn: Tensor, lengths_B: Tensor, total: int, guided: bool) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arsp.decode.accept import ExactRule, leading, resample
 from arsp.decode.drafts import Tape
-from arsp.decode.filters import LogitsPipeline
+from arsp.decode.filters import LogitsPipeline, impossible
 from arsp.decode.guidance import Logits, step_apart
 from arsp.decode.law import Law
 from arsp.protocols import Decoder, Generation, Request
@@ -122,16 +122,17 @@ class Chain:
 
         note: rows near the end look at fewer drafts; what they feed instead are known codes before these, again.
         """
-        length, device = tape.length, tape.codes_BL.device
-        m = min(window, length - 1 - int(tape.known_B.min()))
+        length, device, known = tape.length, tape.codes_BL.device, tape.ends()[0]
+        m = min(window, length - 1 - min(known))
         if m == 0:
-            return self._plain(decoder, state, tape)
-        base_B = tape.known_B.clamp_max(length - 1 - m)
+            return self._plain(decoder, state, tape, known)
+        base_B, base = tape.known_B.clamp_max(length - 1 - m), [min(at, length - 1 - m) for at in known]
+        tape.stop = [at + m for at in base]
         self.drafter.fill(tape, base_B + m)
-        offsets = torch.arange(m + 1, device=device)
+        tape.stop, offsets = None, torch.arange(m + 1, device=device)
         positions = base_B[:, None] + offsets
         drafts = tape.codes_BL.gather(1, positions)
-        logits = feed(decoder, state, tape, base_B, m)
+        logits = feed(decoder, state, tape, base_B, base, m)
         if self.rule is None:
             law, drawn, _ = self.pipeline.verify(logits, drafts, tape.request.seed, tape.ids_B, positions, Purpose.TOKEN)
             same, new, recorded = drawn == drafts, drawn, None
@@ -151,6 +152,7 @@ class Chain:
             recorded = recorded.behind_first()
             tape.source_BL = tape.source_BL.scatter(1, positions[:, 1:], offsets[:m].expand(len(tape), m))
         tape.laws, tape.known_B, tape.drafted_B = recorded, base_B + last_B + 1, base_B + m + 1
+        tape.drafted = [at + m + 1 for at in base]
         tape.passes += 1
         return advance
 
@@ -161,15 +163,15 @@ class Chain:
     def _stream(self, tape: Tape) -> int:
         return tape.passes + 1 if self.redraw is None else self.redraw.stream(tape)
 
-    def _plain(self, decoder: Decoder, state: Any, tape: Tape) -> Advance:
+    def _plain(self, decoder: Decoder, state: Any, tape: Tape, known: list[int]) -> Advance:
         """A pass without drafts: every row draws its next code, with the noise that it would have as the bonus of a wider pass."""
         place = tape.known_B[:, None]
-        logits = feed(decoder, state, tape, tape.known_B, 0)
+        logits = feed(decoder, state, tape, tape.known_B, known, 0)
         purpose, stream = (Purpose.TOKEN, 0) if self.rule is None else (Purpose.DRAFT, self._stream(tape))
         drawn = self.pipeline.verify(logits, torch.full_like(place, -1), tape.request.seed, tape.ids_B, place, purpose, stream)[1]
         tape.codes_BL = tape.codes_BL.scatter(1, place, drawn)
         tape.laws, tape.known_B = None, tape.known_B + 1
-        tape.drafted_B = tape.known_B
+        tape.drafted_B, tape.drafted = tape.known_B, [at + 1 for at in known]
         tape.passes += 1
         none = torch.zeros_like(tape.known_B)
         return Advance(none, none)
@@ -184,18 +186,42 @@ class Chain:
         return new.scatter(1, at, final)
 
 
-def feed(decoder: Decoder, state: Any, tape: Tape, base_B: Tensor, num: int) -> Logits:
+def feed(decoder: Decoder, state: Any, tape: Tape, base_B: Tensor, base: list[int], num: int) -> Logits:
     """Feed the code before ``base_B`` and the ``num`` codes from it on: logits ``(B, num + 1, V)`` of positions ``base_B .. base_B + num``.
+    ``base``: the same on the host.
 
     The first pass has no code before: it feeds the condition.
     """
-    offsets = torch.arange(num, device=base_B.device)
     if tape.passes == 0:
         return step_apart(decoder, state, tape.codes_BL[:, :num] if num else None)
-    if not torch.equal(state.lengths_B, base_B - 1):
-        decoder.rewind(state, base_B - 1)
-    first = base_B[:, None] - 1
-    return step_apart(decoder, state, tape.codes_BL.gather(1, torch.cat((first, first + 1 + offsets), dim=1)))
+    decoder.rewind(state, torch.tensor([at - 1 for at in base]))
+    offsets = torch.arange(-1, num, device=base_B.device)
+    return step_apart(decoder, state, tape.codes_BL.gather(1, base_B[:, None] + offsets))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the host knows of a pass, row by row: codes known before and after it, and its :class:`Advance`."""
+
+    before: list[int]
+    known: list[int]
+    tested: list[int]
+    accepted: list[int]
+
+
+def look(tape: Tape, before: list[int], advance: Advance) -> Seen:
+    """The one read of a pass: where every row stands, and whether all is as it has to be. NumericalError: a law without a possible code, or
+    a broken claim."""
+    rows = torch.stack((tape.known_B, advance.tested_B, advance.accepted_B, tape.codes_BL.amin(1)))
+    claims, tape.claims = tape.claims, []
+    numbers = torch.cat((rows.flatten(), *(holds.view(1) for holds, _ in claims))).tolist()
+    for holds, (_, error) in zip(numbers[rows.numel() :], claims, strict=True):
+        if not holds:
+            raise error
+    known, tested, accepted, least = (numbers[i * len(tape) : (i + 1) * len(tape)] for i in range(4))
+    if min(least) < 0:
+        raise impossible()
+    return Seen(before, known, tested, accepted)
 
 
 @dataclass
@@ -205,27 +231,32 @@ class Statistics:
     images: int = 0
     passes: int = 0  # of rows: an image counts the passes it took part in
     histogram: dict[int, int] = field(default_factory=dict)  # codes committed by a pass -> how often
-    tested_L: Tensor | None = None
-    accepted_L: Tensor | None = None
     state_bytes: int = 0
+    changes: list[list[int]] = field(default_factory=lambda: [[], []])  # of how often a place was tested, and accepted, from place to place
 
-    def add(self, before_B: Tensor, tape: Tape, advance: Advance) -> None:
-        if not bool(advance.tested_B.any()):
-            self.count(len(tape), 1)
+    def add(self, seen: Seen, length: int, state_bytes: int) -> None:
+        """One pass over rows of ``length`` codes."""
+        if not any(seen.tested):
+            self.count(len(seen.tested), 1)
             return
-        committed = tape.known_B - before_B
-        for number, count in zip(*(x.tolist() for x in committed.unique(return_counts=True)), strict=True):
-            self.histogram[number] = self.histogram.get(number, 0) + count
-        if self.tested_L is None:
-            self.tested_L, self.accepted_L = torch.zeros(2, tape.length, dtype=torch.int64).unbind(0)
-        places = torch.arange(tape.length, device=before_B.device)
-        first, accepted = before_B[:, None], advance.accepted_B[:, None]
-        stood = (places >= first) & (places < first + accepted)
-        failed = (places == first + accepted) & (advance.accepted_B < advance.tested_B)[:, None]
-        self.accepted_L += stood.sum(0).cpu()
-        self.tested_L += (stood | failed).sum(0).cpu()
-        self.passes += len(tape)
-        self.state_bytes = max(self.state_bytes, tape.state_bytes)
+        tested, accepted = self.changes = [counts or [0] * (length + 1) for counts in self.changes]
+        for first, looked, stood in zip(seen.before, seen.tested, seen.accepted, strict=True):
+            self.histogram[stood + 1] = self.histogram.get(stood + 1, 0) + 1
+            for counts, num in ((tested, min(stood + 1, looked)), (accepted, stood)):
+                counts[first] += 1
+                counts[first + num] -= 1
+        self.passes += len(seen.tested)
+        self.state_bytes = max(self.state_bytes, state_bytes)
+
+    @property
+    def tested_L(self) -> Tensor | None:
+        """How often a draft at each place was looked at; None where no pass had drafts."""
+        return torch.tensor(self.changes[0][:-1]).cumsum(0) if self.changes[0] else None
+
+    @property
+    def accepted_L(self) -> Tensor | None:
+        """How often it stood."""
+        return torch.tensor(self.changes[1][:-1]).cumsum(0) if self.changes[1] else None
 
     def count(self, images: int, committed: int) -> None:
         """One pass in which every image got ``committed`` codes."""
@@ -270,21 +301,23 @@ class JacobiGenerator:
         codes_BL = tape.codes_BL.new_zeros(len(tape), length)
         self.statistics.images += len(tape)
         passes = rows_passed = 0
+        tape.known, tape.drafted = [0] * len(tape), [0] * len(tape)
         while len(tape):
-            before, num = tape.known_B, len(tape)
-            width = self.window if planner is None else planner.choose(num, length - int(before.min()))
-            advance = method.advance(decoder, state, tape, width)
-            self.statistics.add(before, tape, advance)
+            before, num = tape.known, len(tape)
+            width = self.window if planner is None else planner.choose(num, length - min(before))
+            seen = look(tape, before, method.advance(decoder, state, tape, width))
+            tape.known = seen.known
+            self.statistics.add(seen, length, tape.state_bytes)
             passes, rows_passed = passes + 1, rows_passed + num
             if planner is not None:
-                planner.observe(advance.accepted_B, advance.tested_B)
+                planner.observe(seen.accepted, seen.tested)
             if callback:
-                callback(int((tape.known_B - before).sum()))
-            going = tape.known_B < length
-            if not bool(going.all()):
-                done = ~going
+                callback(sum(seen.known) - sum(before))
+            going = [row for row, known in enumerate(seen.known) if known < length]
+            if len(going) < num:
+                done = torch.tensor([row for row, known in enumerate(seen.known) if known == length])
                 codes_BL[tape.rows_B[done]] = tape.codes_BL[done, :length]
-                rows = going.nonzero().squeeze(1)
+                rows = torch.tensor(going, dtype=torch.int64)
                 tape, state = tape.select(rows), decoder.select(state, rows)
                 method.select(rows)
         stats = {"passes": rows_passed / max(1, len(codes_BL)), "tokens_per_pass": length * len(codes_BL) / max(1, rows_passed)}

@@ -275,9 +275,9 @@ class WindowPlanner:
         self._held = (window, passes - 1)
         return min(window, remaining - 1)
 
-    def observe(self, accepted_B: Tensor, window_B: Tensor) -> None:
+    def observe(self, accepted_B: Tensor | list[int], window_B: Tensor | list[int]) -> None:
         """After every pass, W = 0 included: how many drafts of each row stood, of how many it looked at."""
-        accepted, windows = torch.as_tensor(accepted_B).tolist(), torch.as_tensor(window_B).tolist()
+        accepted, windows = (x.tolist() if isinstance(x, Tensor) else x for x in (accepted_B, window_B))
         possible = len(accepted) == len(windows) and all(0 <= a <= w <= CANDIDATES[-1] for a, w in zip(accepted, windows, strict=True))
         if not accepted or not possible:
             raise UsageError(

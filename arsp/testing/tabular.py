@@ -114,7 +114,7 @@ class TabularDecoder:
 
     def rewind(self, state: TabularState, lengths_B: Tensor) -> None:
         """Forget the codes of row b at positions >= ``lengths_B[b]``."""
-        state.lengths_B = torch.minimum(state.lengths_B, lengths_B)
+        state.lengths_B = torch.minimum(state.lengths_B, lengths_B.to(state.lengths_B))
 
     def select(self, state: TabularState, rows: Tensor) -> TabularState:
         """The state of a subset of rows."""

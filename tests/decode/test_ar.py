@@ -162,7 +162,7 @@ def test_one_pass_a_token_is_counted_and_reported(decoder):
 def test_nan_or_empty_laws_are_numerical_errors(rng, value):
     class Broken(ScaleDecoder):
         def step(self, state, codes_Bn):
-            return torch.full((1, 1, 6), value)
+            return torch.full_like(super().step(state, codes_Bn), value)
 
     with pytest.raises(NumericalError, match="finite"):
         sample(Broken(), [0], rng=rng)

@@ -3,16 +3,19 @@
 import pytest
 import torch
 from tabular_models import MarkovDecoder, guided_decoder, table_decoder
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arsp.decode.accept import ExactRule
 from arsp.decode.ar import ARGenerator
 from arsp.decode.decoder import RasterDecoder
-from arsp.decode.drafts import Initialiser
+from arsp.decode.drafts import Initialiser, NGrams
 from arsp.decode.filters import LogitsPipeline
 from arsp.decode.guidance import Guidance
 from arsp.decode.jacobi import Chain, JacobiGenerator, Redraw
 from arsp.decode.law import Law
 from arsp.decode.modes import MODES, Parts, VerifyConfig, build_mode, settle
+from arsp.decode.planner import StepCost, WindowPlanner
+from arsp.errors import NumericalError
 from arsp.metrics.exact import mode_generator
 from arsp.models.llamagen import GPT, GPTConfig
 from arsp.protocols import Request
@@ -252,6 +255,85 @@ def test_little_is_kept_between_passes(name, options, window):
     kept = generator.statistics.state_bytes
     assert kept <= (window + 1) * 4 * V * (2 if name == "vp" else 1), kept
     assert (kept == 0) == (name in ("seeded", "kseq", "rsd", "draft-model")), kept
+
+
+# -- reads from the device --------------------------------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values and shapes that depend on data. Tensors made from numbers are on the host."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count, made, listed, of_host = 0, torch.tensor, torch.Tensor.tolist, set()
+
+        def tensor(*args, **named):
+            of_host.add(id(new := made(*args, **named)))
+            self.kept = [*getattr(self, "kept", []), new]  # its id stays its own
+            return new
+
+        def tolist(x):
+            self.count += id(x) not in of_host
+            return listed(x)
+
+        monkeypatch.setattr(torch, "tensor", tensor)
+        monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        depends = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        masks = func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+        by_mask = masks and any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.count += by_mask or (bool(depends) and not masks)
+        return func(*args, **(kwargs or {}))
+
+
+def test_reads_are_noticed(monkeypatch):
+    x = torch.arange(4)
+    values = (lambda: int(x.max()), lambda: bool(x.any()), lambda: torch.equal(x, x), lambda: x.tolist())
+    for read in (*values, lambda: x.nonzero(), lambda: x[x > 1]):
+        with Reads(monkeypatch) as reads:
+            read()
+        assert reads.count == 1
+    with Reads(monkeypatch) as reads:
+        x[torch.tensor([1, 2])] = torch.tensor([3, 4]).tolist()[0]
+    assert reads.count == 0
+
+
+READ_ONCE = [
+    *(("seeded", {"init": init}) for init in ("random_uniform", "repeat_above", "left_law", "prior", "ngram")),
+    ("seeded", {"window": "auto"}), ("seeded", {"draft_model": "itself"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, options", READ_ONCE, ids=lambda x: x if isinstance(x, str) else " ".join(map(str, x.values())))
+def test_a_pass_reads_once_from_the_device(gpt, monkeypatch, name, options):
+    """Whatever the rows do: drafts stand or fall, lengths differ, rows finish."""
+    decoder, V = RasterDecoder(gpt, Guidance(2.0, 7)), 40
+    book = torch.randn(V, 4, generator=torch.Generator().manual_seed(0))
+    prior = torch.full((5, 16, V), 1 / V)
+    ngrams = NGrams.count(torch.randint(V, (50, 16), generator=torch.Generator().manual_seed(1)), V)
+    flat = StepCost({rows: {n: 1.0 for n in range(1, 18)} for rows in (1, 4)}, {1: 1.0, 4: 1.0})
+    draft = RasterDecoder(gpt, Guidance(2.0)) if "draft_model" in options else None
+    parts = Parts(decoder, LogitsPipeline(0.9, 20), book, book, draft, prior, ngrams, lambda request: WindowPlanner(flat))
+    generator = build_mode(name, parts, settle(name, VerifyConfig(**options), decoder.layout))
+    request, counts = Request(torch.arange(4), 3, labels_B=torch.arange(4)), []
+    generator.generate(request.rows(slice(0, 2)))  # what is made once is made
+    with Reads(monkeypatch) as reads:
+        generator.generate(request, lambda committed: (counts.append(reads.count), setattr(reads, "count", 0)))
+    assert len(counts) > 3 and max(counts) == 1 and reads.count == 0, f"reads by pass: {counts}, then {reads.count}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+@pytest.mark.parametrize("name, options", [("seeded", {}), ("sjd", {}), ("mc", {}), ("vp", {}), ("draft-model", {"draft_model": "itself"})])
+def test_laws_without_a_possible_code_are_numerical_errors(name, options, value):
+    """From some position on; of the model or of the one that drafts. No code is returned."""
+    for broken in ("target", "draft") if options else ("target",):
+        decoders = {"target": table_decoder(), "draft": table_decoder()}
+        decoders[broken]._logits[3] = torch.full_like(decoders[broken]._logits[3], value)
+        parts = Parts(decoders["target"], LogitsPipeline(), draft=decoders["draft"])
+        generator = build_mode(name, parts, settle(name, VerifyConfig(window=2, **options), decoders["target"].layout))
+        with pytest.raises(NumericalError, match="finite"):
+            generator.generate(Request(torch.arange(3), 0))
 
 
 # -- redraws ----------------------------------------------------------------------------------------------------------------
