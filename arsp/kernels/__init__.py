@@ -23,7 +23,7 @@ __all__ = [
     "BACKENDS", "GROUP_SIZES", "MAX_QUERIES", "MAX_ROWS", "OPS", "TILE", "apply_rope", "backends", "cached_attention", "flow_map",
     "fuses_noise", "gelu_quantize", "integrates_flow", "keyed_argmax", "modulate_quantize", "pack_w4_cpu", "pack_w8_cpu",
     "quantize_per_token", "reads_lengths", "rms_norm", "rms_norm_quantize", "set_backend", "skips_windows", "small_linear",
-    "swiglu_quantize", "verify", "w4a8_linear", "w8a8_linear", "windowed_scale_attention",
+    "swiglu_quantize", "verify", "w4a8_linear", "w4a8_swiglu", "w8a8_linear", "w8a8_swiglu", "windowed_scale_attention",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "reference", "cpu", "cuda")
@@ -45,6 +45,8 @@ OPS = {  # name -> where its compiled kernel is used
     "gelu_quantize": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
     "w8a8_linear": "on the CPU, torch otherwise",
     "w4a8_linear": "on the CPU, torch otherwise",
+    "w8a8_swiglu": "on the CPU, torch otherwise",
+    "w4a8_swiglu": "on the CPU, torch otherwise",
 }
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -399,9 +401,11 @@ def gelu_quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def w8a8_linear(
     xq: Tensor, sx: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, dtype: torch.dtype = torch.float32,
-    offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+    offset: Tensor | None = None, rowsum_N: Tensor | None = None, gelu: bool = False, gain: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Linear layer of 8-bit codes, shape (..., N): ``y[m, n] = sx[m] scale[n] sum_k code[n, k] xq[m, k] + bias[n] + offset[m] rowsum[n]``.
+    """Linear layer of 8-bit codes, shape (..., N): ``y[m, n] = sx[m] scale[n] sum_k code[n, k] xq[m, k] + bias[n] + offset[m] rowsum[n]``,
+    then ``residual + gain gelu(y)`` of what is given.
 
     Args:
         xq, sx: int8 (..., K) and float32 (...), of :func:`quantize_per_token` and those after it.
@@ -409,21 +413,29 @@ def w8a8_linear(
         scale_N: float32, one scale a row.
         bias_N: (N,) or None. dtype: of the result, float32 or bfloat16.
         offset, rowsum_N: float32 (...) of :func:`gelu_quantize`, and the sums of the rows of the weight that codes and scales stand for.
+        gelu: the tanh form. gain: (R, 1, N) for xq (R, n, K), one row of factors for n rows of x (AdaLN). residual: (..., N). Both
+            float32 or bfloat16.
 
-    The sum is exact (int32, K < 65536); outside, every operation rounds to float32 in the order scale, sx, bias, offset rowsum, so that
-    all back ends give the same bits. Tiles of 16 rows are independent: ``weight[a:b]`` with ``scale_N[16 * a : 16 * b]`` is the layer of
-    these rows, in place. ConfigError: shapes or types that do not fit together.
+    The sum is exact (int32, K < 65536); outside, every operation rounds to float32 in the order scale, sx, bias, offset rowsum, GELU,
+    gain, residual, so that all back ends give the same bits, with GELU those of its own rounding. Tiles of 16 rows are independent:
+    ``weight[a:b]`` with ``scale_N[16 * a : 16 * b]`` is the layer of these rows, in place. ConfigError: shapes or types that do not fit
+    together.
     """
     arguments = (xq, sx, weight, scale_N, bias_N, dtype, offset, rowsum_N)
-    return _run(ops.w8a8_linear, reference.w8a8_linear, _check_w8a8, _applies(sx), *arguments)
+    if not gelu and gain is None and residual is None:
+        return _run(ops.w8a8_linear, reference.w8a8_linear, _check_w8a8, _applies(sx), *arguments)
+    applies = _applies(*(tensor for tensor in (sx, gain, residual) if tensor is not None))
+    return _run(ops.w8a8_linear, reference.w8a8_linear, _check_w8a8, applies, *arguments, gelu, gain, residual)
 
 
 def w4a8_linear(
     xq: Tensor, sx: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, group_size: int,
     bias_N: Tensor | None = None, dtype: torch.dtype = torch.float32, offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+    gelu: bool = False, gain: Tensor | None = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Linear layer of 4-bit codes with a scale and a zero point per group of columns, shape (..., N):
-    ``y[m, n] = sx[m] sum_g scale[n, g] sum_{k in g} (code[n, k] - zero[n, g]) xq[m, k] + bias[n] + offset[m] rowsum[n]``.
+    ``y[m, n] = sx[m] sum_g scale[n, g] sum_{k in g} (code[n, k] - zero[n, g]) xq[m, k] + bias[n] + offset[m] rowsum[n]``,
+    then ``residual + gain gelu(y)`` of what is given.
 
     Args:
         weight: :func:`pack_w4_cpu` of the canonical words int32 (N, K / 8).
@@ -432,17 +444,40 @@ def w4a8_linear(
         group_size: one of ``GROUP_SIZES``; K must be a multiple.
         others: as of :func:`w8a8_linear`.
 
-    The inner sums are exact (int32, K < 65536); outside, every operation rounds to float32: groups in their order, sx, bias, offset
-    rowsum. All back ends give the same bits. Tiles are independent as in :func:`w8a8_linear`. ConfigError: shapes or types that do
-    not fit together, a group size that is not offered or does not divide K.
+    The inner sums are exact (int32, K < 65536); outside, every operation rounds to float32: groups in their order, then as in
+    :func:`w8a8_linear`, to the same bits everywhere. Tiles are independent as there. ConfigError: shapes or types that do not
+    fit together, a group size that is not offered or does not divide K.
     """
     if group_size not in GROUP_SIZES or group_size * scales_NG.shape[-1] not in (xq.shape[-1], -1):
-        raise ConfigError(
-            f"w4a8_linear: groups of {group_size} do not fit K = {xq.shape[-1]} and scales of shape {tuple(scales_NG.shape)}.",
-            f"Group sizes are {GROUP_SIZES} (-1: one group a row); scales are (N, K / group size).",
-        )
+        raise _no_groups("w4a8_linear", xq, scales_NG, group_size)
     arguments = (xq, sx, weight, scales_NG, zeros_NG, bias_N, dtype, offset, rowsum_N)
-    return _run(ops.w4a8_linear, reference.w4a8_linear, _check_w4a8, _applies(sx), *arguments)
+    if not gelu and gain is None and residual is None:
+        return _run(ops.w4a8_linear, reference.w4a8_linear, _check_w4a8, _applies(sx), *arguments)
+    applies = _applies(*(tensor for tensor in (sx, gain, residual) if tensor is not None))
+    return _run(ops.w4a8_linear, reference.w4a8_linear, _check_w4a8, applies, *arguments, gelu, gain, residual)
+
+
+def w8a8_swiglu(
+    xq: Tensor, sx: Tensor, gate: Tensor, gate_scale_N: Tensor, up: Tensor, up_scale_N: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:  # fmt: skip
+    """``silu(a) b`` of two layers of the same rows, a of the weight ``gate`` and b of ``up``: (..., N), rounded once, to ``dtype``.
+
+    Weights and scales as of :func:`w8a8_linear`. Back ends differ by the rounding of silu. ConfigError: shapes or types that do not fit
+    together.
+    """
+    arguments = (xq, sx, gate, gate_scale_N, up, up_scale_N, dtype)
+    return _run(ops.w8a8_swiglu, reference.w8a8_swiglu, _check_w8a8_swiglu, _applies(sx), *arguments)
+
+
+def w4a8_swiglu(
+    xq: Tensor, sx: Tensor, gate: Tensor, gate_scales_NG: Tensor, gate_zeros_NG: Tensor, up: Tensor, up_scales_NG: Tensor,
+    up_zeros_NG: Tensor, group_size: int, dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """:func:`w8a8_swiglu` of 4-bit codes; weights, scales and zero points as of :func:`w4a8_linear`, with one group size."""
+    if group_size not in GROUP_SIZES or group_size * gate_scales_NG.shape[-1] not in (xq.shape[-1], -1):
+        raise _no_groups("w4a8_swiglu", xq, gate_scales_NG, group_size)
+    arguments = (xq, sx, gate, gate_scales_NG, gate_zeros_NG, up, up_scales_NG, up_zeros_NG, dtype)
+    return _run(ops.w4a8_swiglu, reference.w4a8_swiglu, _check_w4a8_swiglu, _applies(sx), *arguments)
 
 
 def _run(op: Callable[..., Any], plain: Callable[..., Any], check: Callable[..., None], applies: bool, *arguments: Any) -> Any:
@@ -497,26 +532,52 @@ def _check_swiglu(a: Tensor, b: Tensor, smooth: Tensor | None, signs: Tensor | N
 
 def _check_w8a8(
     xq: Tensor, sx: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
-    offset: Tensor | None, rowsum_N: Tensor | None,
+    offset: Tensor | None, rowsum_N: Tensor | None, gelu: bool = False, gain: Tensor | None = None, residual: Tensor | None = None,
+    op: str = "w8a8_linear",
 ) -> None:  # fmt: skip
-    _expect("w8a8_linear", "scale", scale_N, (len(scale_N),), torch.float32)
-    _check_linear("w8a8_linear", 4, xq, sx, weight, len(scale_N), bias_N, dtype, offset, rowsum_N)
+    _expect(op, "scale", scale_N, (len(scale_N),), torch.float32)
+    _check_linear(op, 4, xq, sx, weight, len(scale_N), bias_N, dtype, offset, rowsum_N, gain, residual)
 
 
 def _check_w4a8(
     xq: Tensor, sx: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
-    offset: Tensor | None, rowsum_N: Tensor | None,
+    offset: Tensor | None, rowsum_N: Tensor | None, gelu: bool = False, gain: Tensor | None = None, residual: Tensor | None = None,
+    op: str = "w4a8_linear",
 ) -> None:  # fmt: skip
-    _expect("w4a8_linear", "scales", scales_NG, scales_NG.shape[:2], torch.float32)
-    _expect("w4a8_linear", "zeros", zeros_NG, scales_NG.shape, torch.uint8)
+    _expect(op, "scales", scales_NG, scales_NG.shape[:2], torch.float32)
+    _expect(op, "zeros", zeros_NG, scales_NG.shape, torch.uint8)
     if xq.shape[-1] % 8:
-        raise ConfigError(f"w4a8_linear: K = {xq.shape[-1]} is no multiple of 8.")
-    _check_linear("w4a8_linear", 8, xq, sx, weight, len(scales_NG), bias_N, dtype, offset, rowsum_N)
+        raise ConfigError(f"{op}: K = {xq.shape[-1]} is no multiple of 8.")
+    _check_linear(op, 8, xq, sx, weight, len(scales_NG), bias_N, dtype, offset, rowsum_N, gain, residual)
+
+
+def _check_w8a8_swiglu(
+    xq: Tensor, sx: Tensor, gate: Tensor, gate_scale_N: Tensor, up: Tensor, up_scale_N: Tensor, dtype: torch.dtype
+) -> None:  # fmt: skip
+    _expect("w8a8_swiglu", "scale of up", up_scale_N, gate_scale_N.shape)
+    for weight in ((gate, gate_scale_N), (up, up_scale_N)):
+        _check_w8a8(xq, sx, *weight, None, dtype, None, None, op="w8a8_swiglu")
+
+
+def _check_w4a8_swiglu(
+    xq: Tensor, sx: Tensor, gate: Tensor, gate_scales_NG: Tensor, gate_zeros_NG: Tensor,
+    up: Tensor, up_scales_NG: Tensor, up_zeros_NG: Tensor, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    _expect("w4a8_swiglu", "scales of up", up_scales_NG, gate_scales_NG.shape)
+    for weight in ((gate, gate_scales_NG, gate_zeros_NG), (up, up_scales_NG, up_zeros_NG)):
+        _check_w4a8(xq, sx, *weight, None, dtype, None, None, op="w4a8_swiglu")
+
+
+def _no_groups(op: str, xq: Tensor, scales_NG: Tensor, group_size: int) -> ConfigError:
+    return ConfigError(
+        f"{op}: groups of {group_size} do not fit K = {xq.shape[-1]} and scales of shape {tuple(scales_NG.shape)}.",
+        f"Group sizes are {GROUP_SIZES} (-1: one group a row); scales are (N, K / group size).",
+    )
 
 
 def _check_linear(
     op: str, step: int, xq: Tensor, sx: Tensor, weight: Tensor, outputs: int, bias_N: Tensor | None, dtype: torch.dtype,
-    offset: Tensor | None, rowsum_N: Tensor | None,
+    offset: Tensor | None, rowsum_N: Tensor | None, gain: Tensor | None, residual: Tensor | None,
 ) -> None:  # fmt: skip
     if xq.dim() == 0 or xq.dtype != torch.int8 or sx.shape != xq.shape[:-1] or sx.dtype != torch.float32:
         found = f"{xq.dtype} {tuple(xq.shape)} and {sx.dtype} {tuple(sx.shape)}"
@@ -536,6 +597,10 @@ def _check_linear(
         raise ConfigError(f"{op}: offset and rowsum come together.", "The offset is of kernels.gelu_quantize.")
     _expect(op, "offset", offset, sx.shape, torch.float32)
     _expect(op, "rowsum", rowsum_N, (outputs,), torch.float32)
+    if gain is not None and xq.dim() != 3:
+        raise ConfigError(f"{op}: a gain (R, 1, N) is for xq (R, n, K), not {tuple(xq.shape)}.")
+    _expect(op, "gain", gain, (xq.shape[0], 1, outputs))
+    _expect(op, "residual", residual, (*xq.shape[:-1], outputs))
 
 
 def integrates_flow(logp_NU: Tensor, noise_NE: Tensor) -> bool:

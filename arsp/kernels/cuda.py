@@ -27,8 +27,10 @@ LAUNCHERS = {
     "modulate_quantize": "pilppilllfllppppp",
     "swiglu_quantize": "plplillppppp",
     "gelu_quantize": "pilllpppp",
-    "w4a8_linear": "plppllpllpllipipppillp",
-    "w8a8_linear": "plppllplpipppillp",
+    "w4a8_linear": "plppllpllpllipippipillpipillp",
+    "w8a8_linear": "plppllplpippipillpipillp",
+    "w4a8_swiglu": "plppllpllpllpppipillp",
+    "w8a8_swiglu": "plppllplpppillp",
     "windowed_scale_attention": "pppplllllllllppiillp",
     "cached_attention": "pppppppplllllllllllllllpllfliiiiiiip",
     "flow_map": "pppppiillipppppppp",
@@ -47,6 +49,8 @@ LIMITS = {  # op -> where its kernel is used
     "gelu_quantize": _QUANTISING,
     "w8a8_linear": "always",
     "w4a8_linear": "groups of 32, 64, 128 or all columns",
+    "w8a8_swiglu": "always",
+    "w4a8_swiglu": "groups of 32, 64, 128 or all columns",
     "windowed_scale_attention": "bfloat16, heads of 64, up to 24 scales, torch otherwise",
     "cached_attention": "bfloat16, heads of up to 128 in multiples of 4, without a mask, torch otherwise",
     "flow_map": "float32, vectors of up to 32 numbers",
@@ -151,26 +155,47 @@ class CudaOps:
 
     def w8a8_linear(
         self, xq: Tensor, sx: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
-        offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+        offset: Tensor | None = None, rowsum_N: Tensor | None = None, gelu: bool = False, gain: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         codes, y = _codes(xq), empty((*xq.shape[:-1], len(scale_N)), dtype, xq)
         scales = (scale_N, scale_N.stride(0))
-        end = _epilogue(bias_N, offset, rowsum_N, y)
+        end = _epilogue(bias_N, offset, rowsum_N, gelu, gain, residual, y)
         self._call("w8a8_linear", xq, codes, codes.shape[1], sx.contiguous(), *_weight(weight), *scales, *end, len(codes), len(scale_N))
         return y
 
     def w4a8_linear(
         self, xq: Tensor, sx: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
-        offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+        offset: Tensor | None = None, rowsum_N: Tensor | None = None, gelu: bool = False, gain: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        num, groups = scales_NG.shape
+        num, group = len(scales_NG), _group("w4a8_linear", xq, scales_NG)
         codes, y = _codes(xq), empty((*xq.shape[:-1], num), dtype, xq)
-        group = -1 if groups == 1 else xq.shape[-1] // groups
-        if group not in (32, 64, 128, -1):
-            raise ConfigError(f"w4a8_linear: no CUDA kernel for groups of {group} columns.", "32, 64, 128 or all columns are offered.")
         scales = (scales_NG, *scales_NG.stride(), zeros_NG, *zeros_NG.stride(), group)
-        end = _epilogue(bias_N, offset, rowsum_N, y)
+        end = _epilogue(bias_N, offset, rowsum_N, gelu, gain, residual, y)
         self._call("w4a8_linear", xq, codes, codes.shape[1], sx.contiguous(), *_weight(weight), *scales, *end, len(codes), num)
+        return y
+
+    def w8a8_swiglu(
+        self, xq: Tensor, sx: Tensor, gate: Tensor, gate_scale_N: Tensor, up: Tensor, up_scale_N: Tensor, dtype: torch.dtype
+    ) -> Tensor:  # fmt: skip
+        codes, y = _codes(xq), empty((*xq.shape[:-1], len(gate_scale_N)), dtype, xq)
+        gate_scale_N, up_scale_N = gate_scale_N.contiguous(), up_scale_N.contiguous()
+        weights = (*_weight(gate), gate_scale_N, 1, up.contiguous(), up_scale_N)
+        self._call("w8a8_swiglu", xq, codes, codes.shape[1], sx.contiguous(), *weights, y, _TYPES[dtype], len(codes), y.shape[-1])
+        return y
+
+    def w4a8_swiglu(
+        self, xq: Tensor, sx: Tensor, gate: Tensor, gate_scales_NG: Tensor, gate_zeros_NG: Tensor,
+        up: Tensor, up_scales_NG: Tensor, up_zeros_NG: Tensor, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        group = _group("w4a8_swiglu", xq, gate_scales_NG)
+        codes, y = _codes(xq), empty((*xq.shape[:-1], len(gate_scales_NG)), dtype, xq)
+        gate_scales_NG, up_scales_NG = _one_layout(gate_scales_NG, up_scales_NG)
+        gate_zeros_NG, up_zeros_NG = _one_layout(gate_zeros_NG, up_zeros_NG)
+        scales = (gate_scales_NG, *gate_scales_NG.stride(), gate_zeros_NG, *gate_zeros_NG.stride())
+        weights = (*_weight(gate), *scales, up.contiguous(), up_scales_NG, up_zeros_NG, group)
+        self._call("w4a8_swiglu", xq, codes, codes.shape[1], sx.contiguous(), *weights, y, _TYPES[dtype], len(codes), y.shape[-1])
         return y
 
     # ---- draws
@@ -365,12 +390,41 @@ def _weight(weight: Tensor) -> tuple[Tensor, int, int]:
     return weight, weight.shape[0], weight.shape[1]
 
 
-def _epilogue(bias_N: Tensor | None, offset: Tensor | None, rowsum_N: Tensor | None, y: Tensor) -> tuple[Tensor | int | None, ...]:
-    if bias_N is not None and bias_N.dtype not in _TYPES:
-        bias_N = bias_N.float()
+def _group(op: str, xq: Tensor, scales_NG: Tensor) -> int:
+    """Columns that share a scale, -1 for all of them. ConfigError: no kernel has such groups."""
+    groups = scales_NG.shape[1]
+    group = -1 if groups == 1 else xq.shape[-1] // groups
+    if group not in (32, 64, 128, -1):
+        raise ConfigError(f"{op}: no CUDA kernel for groups of {group} columns.", "32, 64, 128 or all columns are offered.")
+    return group
+
+
+def _one_layout(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return (a, b) if a.stride() == b.stride() else (a.contiguous(), b.contiguous())
+
+
+def _numbers(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """Numbers that a kernel reads, and their type."""
+    if x is None:
+        return None, 0
+    x = x if x.dtype in _TYPES else x.float()
+    return x, _TYPES[x.dtype]
+
+
+def _epilogue(
+    bias_N: Tensor | None, offset: Tensor | None, rowsum_N: Tensor | None, gelu: bool, gain: Tensor | None, residual: Tensor | None,
+    y: Tensor,
+) -> tuple[Tensor | int | None, ...]:  # fmt: skip
+    """What follows the sum over columns, and where its result goes."""
     shifted = offset is not None and rowsum_N is not None
-    kept = [None if t is None else t.contiguous() for t in (bias_N, offset if shifted else None, rowsum_N if shifted else None)]
-    return kept[0], _TYPES[torch.float32 if bias_N is None else bias_N.dtype], kept[1], kept[2], y, _TYPES[y.dtype]
+    bias_N, offset, rowsum_N, residual = (
+        None if t is None else t.contiguous() for t in (bias_N, offset if shifted else None, rowsum_N if shifted else None, residual)
+    )
+    rows = 1
+    if gain is not None:  # (R, 1, N), of the n rows each of y (R, n, N)
+        gain, rows = _rows(gain), y.shape[1]
+    gains = (*_numbers(gain), 0 if gain is None else gain.stride(0), max(rows, 1))
+    return *_numbers(bias_N), offset, rowsum_N, int(gelu), *gains, *_numbers(residual), y, _TYPES[y.dtype]
 
 
 # ---- finding or making the library

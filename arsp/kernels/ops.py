@@ -165,7 +165,10 @@ def _(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return xq, sx, torch.empty_like(sx)
 
 
-_RESULT = "Tensor? bias, ScalarType dtype, Tensor? offset=None, Tensor? rowsum=None) -> Tensor"
+_RESULT = (
+    "Tensor? bias, ScalarType dtype, Tensor? offset=None, Tensor? rowsum=None, bool gelu=False, Tensor? gain=None, "
+    "Tensor? residual=None) -> Tensor"
+)
 
 torch.library.define("arsp::w8a8_linear", f"(Tensor xq, Tensor sx, Tensor weight, Tensor scale, {_RESULT}")
 torch.library.impl("arsp::w8a8_linear", "CompositeExplicitAutograd", reference.w8a8_linear)
@@ -174,7 +177,8 @@ torch.library.impl("arsp::w8a8_linear", "CompositeExplicitAutograd", reference.w
 @torch.library.register_fake("arsp::w8a8_linear")
 def _(
     xq: Tensor, sx: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
-    offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+    offset: Tensor | None = None, rowsum_N: Tensor | None = None, gelu: bool = False, gain: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     torch._check(xq.dim() >= 1 and scale_N.dim() == 1, lambda: "w8a8_linear: expected xq (..., K) and scale (N)")
     return xq.new_empty((*xq.shape[:-1], scale_N.shape[0]), dtype=dtype)
@@ -187,10 +191,42 @@ torch.library.impl("arsp::w4a8_linear", "CompositeExplicitAutograd", reference.w
 @torch.library.register_fake("arsp::w4a8_linear")
 def _(
     xq: Tensor, sx: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
-    offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+    offset: Tensor | None = None, rowsum_N: Tensor | None = None, gelu: bool = False, gain: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     torch._check(xq.dim() >= 1 and scales_NG.dim() == 2, lambda: "w4a8_linear: expected xq (..., K) and scales (N, G)")
     return xq.new_empty((*xq.shape[:-1], scales_NG.shape[0]), dtype=dtype)
+
+
+torch.library.define(
+    "arsp::w8a8_swiglu", "(Tensor xq, Tensor sx, Tensor gate, Tensor gate_scale, Tensor up, Tensor up_scale, ScalarType dtype) -> Tensor"
+)
+torch.library.impl("arsp::w8a8_swiglu", "CompositeExplicitAutograd", reference.w8a8_swiglu)
+
+
+@torch.library.register_fake("arsp::w8a8_swiglu")
+def _(
+    xq: Tensor, sx: Tensor, gate: Tensor, gate_scale_N: Tensor, up: Tensor, up_scale_N: Tensor, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    torch._check(xq.dim() >= 1 and gate_scale_N.dim() == 1, lambda: "w8a8_swiglu: expected xq (..., K) and scales (N)")
+    return xq.new_empty((*xq.shape[:-1], gate_scale_N.shape[0]), dtype=dtype)
+
+
+torch.library.define(
+    "arsp::w4a8_swiglu",
+    "(Tensor xq, Tensor sx, Tensor gate, Tensor gate_scales, Tensor gate_zeros, Tensor up, Tensor up_scales, Tensor up_zeros, "
+    "ScalarType dtype) -> Tensor",
+)
+torch.library.impl("arsp::w4a8_swiglu", "CompositeExplicitAutograd", reference.w4a8_swiglu)
+
+
+@torch.library.register_fake("arsp::w4a8_swiglu")
+def _(
+    xq: Tensor, sx: Tensor, gate: Tensor, gate_scales_NG: Tensor, gate_zeros_NG: Tensor,
+    up: Tensor, up_scales_NG: Tensor, up_zeros_NG: Tensor, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    torch._check(xq.dim() >= 1 and gate_scales_NG.dim() == 2, lambda: "w4a8_swiglu: expected xq (..., K) and scales (N, G)")
+    return xq.new_empty((*xq.shape[:-1], gate_scales_NG.shape[0]), dtype=dtype)
 
 
 torch.library.define(
@@ -224,4 +260,6 @@ swiglu_quantize = torch.ops.arsp.swiglu_quantize.default
 gelu_quantize = torch.ops.arsp.gelu_quantize.default
 w8a8_linear = torch.ops.arsp.w8a8_linear.default
 w4a8_linear = torch.ops.arsp.w4a8_linear.default
+w8a8_swiglu = torch.ops.arsp.w8a8_swiglu.default
+w4a8_swiglu = torch.ops.arsp.w4a8_swiglu.default
 flow_map = torch.ops.arsp.flow_map.default

@@ -239,30 +239,53 @@ def _codes(x: Tensor, sx: Tensor, first: int, last: int, less: int = 0) -> Tenso
 
 def w8a8_linear(
     xq: Tensor, sx: Tensor, weight: Tensor, scale_N: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
-    offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+    offset: Tensor | None = None, rowsum_N: Tensor | None = None, gelu: bool = False, gain: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """:func:`integer_linear` with one group, no zero point and the weight of ``pack_w8_cpu``."""
     codes_NK = unpack_w8_cpu(weight, len(scale_N), xq.shape[-1])
-    return integer_linear(xq, sx, codes_NK, scale_N[:, None], None, bias_N, dtype, offset, rowsum_N)
+    return integer_linear(xq, sx, codes_NK, scale_N[:, None], None, bias_N, dtype, offset, rowsum_N, gelu, gain, residual)
 
 
 def w4a8_linear(
     xq: Tensor, sx: Tensor, weight: Tensor, scales_NG: Tensor, zeros_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype,
-    offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+    offset: Tensor | None = None, rowsum_N: Tensor | None = None, gelu: bool = False, gain: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """:func:`integer_linear` with the weight of ``pack_w4_cpu``."""
     codes_NK = unpack_w4_cpu(weight, len(scales_NG))
-    return integer_linear(xq, sx, codes_NK, scales_NG, zeros_NG, bias_N, dtype, offset, rowsum_N)
+    return integer_linear(xq, sx, codes_NK, scales_NG, zeros_NG, bias_N, dtype, offset, rowsum_N, gelu, gain, residual)
+
+
+def w8a8_swiglu(
+    xq: Tensor, sx: Tensor, gate: Tensor, gate_scale_N: Tensor, up: Tensor, up_scale_N: Tensor, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """``silu(a) b`` of two products of :func:`w8a8_linear`, float32 until ``dtype``."""
+    a, b = (w8a8_linear(xq, sx, *weight, None, torch.float32) for weight in ((gate, gate_scale_N), (up, up_scale_N)))
+    return (F.silu(a) * b).to(dtype)
+
+
+def w4a8_swiglu(
+    xq: Tensor, sx: Tensor, gate: Tensor, gate_scales_NG: Tensor, gate_zeros_NG: Tensor,
+    up: Tensor, up_scales_NG: Tensor, up_zeros_NG: Tensor, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``silu(a) b`` of two products of :func:`w4a8_linear`, float32 until ``dtype``."""
+    weights = ((gate, gate_scales_NG, gate_zeros_NG), (up, up_scales_NG, up_zeros_NG))
+    a, b = (w4a8_linear(xq, sx, *weight, None, torch.float32) for weight in weights)
+    return (F.silu(a) * b).to(dtype)
 
 
 def integer_linear(
     xq: Tensor, sx: Tensor, codes_NK: Tensor, scales_NG: Tensor, zeros_NG: Tensor | None, bias_N: Tensor | None, dtype: torch.dtype,
-    offset: Tensor | None = None, rowsum_N: Tensor | None = None,
+    offset: Tensor | None = None, rowsum_N: Tensor | None = None, gelu: bool = False, gain: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """``y = sx sum_g scale_g (sum_{k in g} code_k xq_k - zero_g sum_{k in g} xq_k) + bias + offset rowsum``, G groups of K / G columns.
+    """``y = sx sum_g scale_g (sum_{k in g} code_k xq_k - zero_g sum_{k in g} xq_k) + bias + offset rowsum``, G groups of K / G columns;
+    then ``residual + gain gelu(y)`` of what is given.
 
     What stands in brackets is a whole number of 32 bits and exact. Outside, every operation rounds to float32: the groups are added one
-    after another, then comes sx, then the bias, then the product of offset and rowsum, then ``dtype``. Kernels give these very numbers.
+    after another, then comes sx, then the bias, then the product of offset and rowsum, then GELU (tanh form), then the gain, then the
+    residual, then ``dtype``. Kernels give these very numbers, those behind a GELU but for its own rounding.
     """
     size = xq.shape[-1] // scales_NG.shape[1]
     total = torch.zeros(*xq.shape[:-1], len(codes_NK), device=xq.device)
@@ -275,7 +298,10 @@ def integer_linear(
         total += inner.float() * scales_NG[:, g]
     y = total * sx[..., None]
     y = y if bias_N is None else y + bias_N.float()
-    return (y if offset is None or rowsum_N is None else y + offset[..., None] * rowsum_N).to(dtype)
+    y = y if offset is None or rowsum_N is None else y + offset[..., None] * rowsum_N
+    y = F.gelu(y, approximate="tanh") if gelu else y
+    y = y if gain is None else y * gain.float()
+    return (y if residual is None else y + residual.float()).to(dtype)
 
 
 class FlowStep(NamedTuple):

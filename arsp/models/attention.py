@@ -19,11 +19,13 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias=bias)
 
-    def forward(self, x: Tensor, gelu: bool = False, outputs: slice | None = None, bias: Tensor | None = None) -> Tensor:
-        """``outputs``: these alone, with ``bias`` in place of the layer's own."""
-        if outputs is not None:
-            return linear(x, self.weight[outputs], bias, gelu=gelu)
-        return linear(x, self.weight, self.bias, gelu=gelu)
+    def forward(
+        self, x: Tensor, gelu: bool = False, outputs: slice | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
+        gain: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``outputs``: these alone, with ``bias`` in place of the layer's own. With a ``residual`` the result is residual + gain y."""
+        weight, bias = (self.weight, self.bias) if outputs is None else (self.weight[outputs], bias)
+        return add(linear(x, weight, bias, gelu=gelu), residual, gain)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
@@ -36,6 +38,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
     else:
         out = small_linear(x, weight) + bias if few else F.linear(x, weight, bias)
     return F.gelu(out, approximate="tanh") if gelu else out
+
+
+def add(y: Tensor, residual: Tensor | None, gain: Tensor | None = None) -> Tensor:
+    """``residual + gain y``, or ``y`` where there is no residual."""
+    if residual is None:
+        return y
+    return residual + y if gain is None else torch.addcmul(residual, gain, y)
 
 
 def _onednn(x: Tensor, weight: Tensor) -> bool:

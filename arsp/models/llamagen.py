@@ -172,8 +172,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(self, x: Tensor, rope: Tensor, layer: int, ctx: AttentionContext, policy: DensePolicy) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, layer, ctx, policy)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = self.attention(self.attention_norm(x), rope, layer, ctx, policy, x)
+        return self.feed_forward(self.ffn_norm(x), x)
 
 
 class Attention(nn.Module):
@@ -184,12 +184,15 @@ class Attention(nn.Module):
         self.wo = Linear(config.dim, config.dim)
         self.resid_dropout = nn.Dropout(config.resid_dropout_p)
 
-    def forward(self, x_BnC: Tensor, rope: Tensor, layer: int, ctx: AttentionContext, policy: DensePolicy) -> Tensor:
+    def forward(
+        self, x_BnC: Tensor, rope: Tensor, layer: int, ctx: AttentionContext, policy: DensePolicy, residual: Tensor
+    ) -> Tensor:  # fmt: skip
+        """``residual`` plus the branch."""
         B, n, C = x_BnC.shape
         qk, v = self.wqkv(x_BnC).view(B, n, 3 * self.n_head, self.head_dim).split((2 * self.n_head, self.n_head), dim=2)
         q, k = apply_rope(qk, rope).chunk(2, dim=2)
         out = attend(policy, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), layer, ctx)
-        return self.resid_dropout(self.wo(out.transpose(1, 2).reshape(B, n, C)))
+        return dropped(self.wo, out.transpose(1, 2).reshape(B, n, C), self.resid_dropout, residual)
 
 
 class FeedForward(nn.Module):
@@ -201,15 +204,23 @@ class FeedForward(nn.Module):
         self.w2 = Linear(config.ffn_dim, config.dim)
         self.ffn_dropout = nn.Dropout(config.ffn_dropout_p)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ffn_dropout(self.w2(self.act(self.w1(x), self.w3(x))))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual`` plus the branch."""
+        return dropped(self.w2, self.act(self.w1, self.w3, x), self.ffn_dropout, residual)
+
+
+def dropped(layer: Linear, x: Tensor, dropout: nn.Dropout, residual: Tensor) -> Tensor:
+    """``residual + dropout(layer(x))``, added by the layer itself where nothing is dropped."""
+    if dropout.training and dropout.p:
+        return residual + dropout(layer(x))
+    return layer(x, residual=residual)
 
 
 class SwiGLU(nn.Module):
-    """``silu(gate) value``."""
+    """``silu(gate(x)) up(x)``, made inside the products where the layers can."""
 
-    def forward(self, gate: Tensor, value: Tensor) -> Tensor:
-        return F.silu(gate) * value
+    def forward(self, gate: Linear, up: Linear, x: Tensor) -> Tensor:
+        return F.silu(gate(x)) * up(x)
 
 
 class RMSNorm(nn.Module):

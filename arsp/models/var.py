@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arsp.errors import ConfigError
-from arsp.models.attention import AttentionContext, DensePolicy, Linear, attend
+from arsp.models.attention import AttentionContext, DensePolicy, Linear, add, attend
 from arsp.tokenizers.var_vqvae import PATCH_NUMS, check_patch_nums
 
 DERIVED_KEYS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")  # last part of official buffer names that configurations imply
@@ -234,9 +234,9 @@ class Block(nn.Module):
         """``between`` (a student's mark of data and noise) is added behind the attention branch."""
         gain1, gain2, scale1, scale2, shift1, shift2 = vectors
         dtype = self.attn.q_bias.dtype
-        x = torch.addcmul(x, self._drop(gain1), self.attn(self.norm1(x, scale1, shift1, dtype), layer, ctx, policy))
+        x = self.attn(self.norm1(x, scale1, shift1, dtype), layer, ctx, policy, x, self._drop(gain1))
         x = x if between is None else x + between
-        return torch.addcmul(x, self._drop(gain2), self.ffn(self.norm2(x, scale2, shift2, dtype)))
+        return self.ffn(self.norm2(x, scale2, shift2, dtype), x, self._drop(gain2))
 
     def _drop(self, gain_R1C: Tensor) -> Tensor:
         """Stochastic depth: a whole branch of a row is dropped in training."""
@@ -279,7 +279,10 @@ class Attention(nn.Module):
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(C)), nn.Parameter(torch.zeros(C))
         self.proj = Linear(C, C, bias=True)
 
-    def forward(self, x_RnC: Tensor, layer: int, ctx: AttentionContext, policy: DensePolicy) -> Tensor:
+    def forward(
+        self, x_RnC: Tensor, layer: int, ctx: AttentionContext, policy: DensePolicy, residual: Tensor, gain: Tensor
+    ) -> Tensor:  # fmt: skip
+        """``residual`` plus ``gain`` times the branch."""
         share = ctx.shares[layer] if ctx.shares else "none"
         if share == "output":
             x_RnC = x_RnC[: len(x_RnC) // 2]
@@ -294,8 +297,8 @@ class Attention(nn.Module):
             length = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32).clamp_min(1e-12)
             qk = (qk * (torch.cat((sharpness, torch.ones_like(sharpness)), dim=1) / length)).type_as(v)
         q, k = qk.chunk(2, dim=1)
-        out = self.proj(attend(policy, q, k, v, layer, ctx).transpose(1, 2).flatten(2))
-        return torch.cat((out, out)) if share == "output" else out
+        out = attend(policy, q, k, v, layer, ctx).transpose(1, 2).flatten(2)
+        return add(self.proj(out).repeat(2, 1, 1), residual, gain) if share == "output" else self.proj(out, residual=residual, gain=gain)
 
     def _project(self, x_RnC: Tensor, first: int, stop: int) -> Tensor:
         """Queries, keys and values: outputs first .. stop - 1 of ``mat_qkv`` with their bias, of which keys have none."""
@@ -310,8 +313,9 @@ class FeedForward(nn.Module):
         self.act = GELU()
         self.fc2 = Linear(hidden, width, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1, x))
+    def forward(self, x: Tensor, residual: Tensor, gain: Tensor) -> Tensor:
+        """``residual`` plus ``gain`` times the branch."""
+        return self.fc2(self.act(self.fc1, x), residual=residual, gain=gain)
 
 
 class GELU(nn.Module):

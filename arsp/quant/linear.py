@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from arsp import kernels
 from arsp.kernels.layouts import unpack_w4_cpu, unpack_w8_cpu
 from arsp.kernels.reference import hadamard, rotation_block
-from arsp.models.attention import Linear, linear
+from arsp.models.attention import Linear, add, linear
 from arsp.models.llamagen import RMSNorm, SwiGLU
 from arsp.models.var import GELU, Modulate
 from arsp.quant.pack import pack_int4
@@ -118,29 +118,54 @@ class QuantLinear(nn.Module):
         sums_N = dequantise(weight).double().sum(1).float() if input_format.shifted else None
         self.register_buffer("sums_N", sums_N, persistent=False)
 
-    def forward(self, x: Tensor | QuantisedRows, gelu: bool = False, outputs: slice | None = None, bias: Tensor | None = None) -> Tensor:
-        """As :class:`arsp.models.attention.Linear`."""
+    def forward(
+        self, x: Tensor | QuantisedRows, gelu: bool = False, outputs: slice | None = None, bias: Tensor | None = None,
+        residual: Tensor | None = None, gain: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As :class:`arsp.models.attention.Linear`, rounded once: what follows the product is part of it."""
         x = x if isinstance(x, QuantisedRows) else self.quantise(x)
         if outputs is None:
-            y = self._product(x, (self.codes, self.scales_NG, self.zeros_NG, self.sums_N), self.bias)
-        else:
-            first = outputs.start // kernels.TILE * kernels.TILE  # rows of a tile are not parted
-            part, tiles = slice(first, outputs.stop), slice(first // kernels.TILE, -(-outputs.stop // kernels.TILE))
-            rows = (None if tensor is None else tensor[part] for tensor in (self.scales_NG, self.zeros_NG, self.sums_N))
-            bias = bias if bias is None or first == outputs.start else F.pad(bias, (outputs.start - first, 0))
-            y = self._product(x, (self.codes[tiles], *rows), bias)[..., outputs.start - first :]
-        return F.gelu(y, approximate="tanh") if gelu else y
+            weight = (self.codes, self.scales_NG, self.zeros_NG, self.sums_N)
+            return self._product(x, weight, self.bias, gelu, gain, residual)
+        first = outputs.start // kernels.TILE * kernels.TILE  # rows of a tile are not parted
+        part, tiles = slice(first, outputs.stop), slice(first // kernels.TILE, -(-outputs.stop // kernels.TILE))
+        rows = (None if tensor is None else tensor[part] for tensor in (self.scales_NG, self.zeros_NG, self.sums_N))
+        bias = bias if bias is None or first == outputs.start else F.pad(bias, (outputs.start - first, 0))
+        return add(self._product(x, (self.codes[tiles], *rows), bias, gelu)[..., outputs.start - first :], residual, gain)
 
     def quantise(self, x: Tensor) -> QuantisedRows:
         return self.input_format.quantise(x, self.clock)
 
-    def _product(self, x: QuantisedRows, weight: tuple[Tensor | None, ...], bias_N: Tensor | None) -> Tensor:
+    def _product(
+        self, x: QuantisedRows, weight: tuple[Tensor | None, ...], bias_N: Tensor | None, gelu: bool, gain: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """With these codes, scales, zero points and sums of rows."""
         codes, scales_NG, zeros_NG, sums_N = weight
-        xq = F.pad(x.codes, (0, self.padding)) if self.padding else x.codes
+        dtype = self.dtype if residual is None else torch.promote_types(self.dtype, residual.dtype)
+        end = (bias_N, dtype, x.offsets, sums_N, gelu, gain, residual)
         if self.bits == 4:
-            return kernels.w4a8_linear(xq, x.scales, codes, scales_NG, zeros_NG, self.group_size, bias_N, self.dtype, x.offsets, sums_N)
-        return kernels.w8a8_linear(xq, x.scales, codes, scales_NG[:, 0], bias_N, self.dtype, x.offsets, sums_N)
+            return kernels.w4a8_linear(self._padded(x), x.scales, codes, scales_NG, zeros_NG, self.group_size, *end)
+        return kernels.w8a8_linear(x.codes, x.scales, codes, scales_NG[:, 0], *end)
+
+    def _padded(self, x: QuantisedRows) -> Tensor:
+        return F.pad(x.codes, (0, self.padding)) if self.padding else x.codes
+
+    def gates(self, up: nn.Module) -> bool:
+        """Whether :meth:`swiglu` can have these two layers."""
+        if not isinstance(up, QuantLinear) or self.bias is not None or up.bias is not None:
+            return False
+        alike = all(getattr(self, name) == getattr(up, name) for name in ("bits", "group_size", "out_features", "in_features", "dtype"))
+        return alike and not self.input_format.shifted and self.input_format.equals(up.input_format)
+
+    def swiglu(self, up: QuantLinear, x: Tensor | QuantisedRows) -> Tensor:
+        """``silu(self(x)) up(x)`` of a layer that this one :meth:`gates`, rounded once."""
+        x = x if isinstance(x, QuantisedRows) else self.quantise(x)
+        if self.bits == 8:
+            weights = (layer_part for layer in (self, up) for layer_part in (layer.codes, layer.scales_NG[:, 0]))
+            return kernels.w8a8_swiglu(x.codes, x.scales, *weights, self.dtype)
+        weights = (layer_part for layer in (self, up) for layer_part in (layer.codes, layer.scales_NG, layer.zeros_NG))
+        return kernels.w4a8_swiglu(self._padded(x), x.scales, *weights, self.group_size, self.dtype)
 
     def floating(self) -> Linear:
         """The layer of float32 weights that the integers stand for, on inputs as they are."""
@@ -178,10 +203,13 @@ class SimulatedLinear(nn.Module):
         self.bias = None if bias_N is None else nn.Parameter(bias_N, requires_grad=False)
         self.fake_quantise = fake_quantise
 
-    def forward(self, x: Tensor, gelu: bool = False, outputs: slice | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, gelu: bool = False, outputs: slice | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
+        gain: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """As :class:`arsp.models.attention.Linear`."""
         weight, bias = (self.weight, self.bias) if outputs is None else (self.weight[outputs], bias)
-        return linear(self.fake_quantise(x), weight, bias, gelu=gelu)
+        return add(linear(self.fake_quantise(x), weight, bias, gelu=gelu), residual, gain)
 
 
 class Producer(nn.Module):
@@ -225,8 +253,11 @@ class QuantisedSwiGLU(Producer):
     def __init__(self, gate: SwiGLU, input_format: InputFormat):
         super().__init__(input_format)
 
-    def forward(self, gate: Tensor, value: Tensor) -> QuantisedRows:
-        return QuantisedRows(*kernels.swiglu_quantize(gate, value, self.input_format.smooth_K, self.input_format.signs_K))
+    def forward(self, gate: nn.Module, up: nn.Module, x: Tensor | QuantisedRows) -> QuantisedRows:
+        smooth_K, signs_K = self.input_format.smooth_K, self.input_format.signs_K
+        if isinstance(gate, QuantLinear) and gate.codes.is_cuda and gate.gates(up):
+            return QuantisedRows(*kernels.quantize_per_token(gate.swiglu(up, x), smooth_K, signs_K))
+        return QuantisedRows(*kernels.swiglu_quantize(gate(x), up(x), smooth_K, signs_K))
 
 
 class QuantisedGELU(Producer):

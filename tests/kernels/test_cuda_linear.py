@@ -9,6 +9,7 @@ from arsp.errors import ConfigError
 from arsp.kernels import layouts, reference
 
 ROWS = (1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 129)  # both sides of every kernel's range
+DTYPES = (torch.float32, torch.bfloat16)
 OUTPUTS = (1, 17, 113, 160)  # neither multiples of a tile nor of the rows of a block, and one that is
 
 
@@ -70,6 +71,65 @@ def test_8_bit_layers_equal_the_reference_to_the_bit(target):
             for columns in (1, 97, 768):
                 arguments = (*draw_w8(rows, columns, outputs, rows + outputs), *ending(rows, outputs))
                 same(target("w8a8_linear", *arguments), reference.w8a8_linear(*arguments), f"M={rows} N={outputs} K={columns}")
+
+
+def draw_layer(bits, rows, columns, outputs, group, seed=0):
+    return draw_w4(rows, columns, outputs, group, seed) if bits == 4 else draw_w8(rows, columns, outputs, seed)
+
+
+def draw_end(rows, per_row, outputs):
+    """Gain (R, 1, N), a part of wider rows, and residual (R, n, N), one of them in bfloat16."""
+    generator = torch.Generator().manual_seed(rows + outputs)
+    gain, residual = torch.randn(rows, 3, outputs, generator=generator)[:, 1:2], torch.randn(rows, per_row, outputs, generator=generator)
+    return (gain.bfloat16(), residual) if outputs % 2 else (gain, residual.bfloat16())
+
+
+@TARGETS
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gain_and_residual_are_added_to_the_bit(target, bits):
+    plain = reference.w4a8_linear if bits == 4 else reference.w8a8_linear
+    for rows, per_row in ((1, 1), (3, 1), (2, 6), (3, 10), (4, 13), (3, 43)):
+        for outputs in (17, 160):
+            xq, sx, *layer = draw_layer(bits, rows * per_row, 128, outputs, 64, rows)
+            xq, sx = xq.view(rows, per_row, -1), sx.view(rows, per_row)
+            gain, residual = draw_end(rows, per_row, outputs)
+            ends = ((None, residual), (gain, None), (gain, residual))
+            bias = residual[0, 0].float()
+            arguments = (xq, sx, *layer, bias, DTYPES[rows % 2], sx, bias, False, *ends[(rows + per_row) % 3])
+            same(target(f"w{bits}a8_linear", *arguments), plain(*arguments), f"R={rows} n={per_row} N={outputs}")
+
+
+@TARGETS
+def test_gelu_differs_by_its_own_rounding(target):
+    for rows in (3, 20, 40, 70):
+        xq, sx, *layer = draw_w4(rows, 128, 33, 32, rows)
+        gain, residual = draw_end(1, rows, 33)
+        for end in ((), (gain, residual)):
+            arguments = (xq[None], sx[None] / 2000, *layer, None, torch.float32, None, None, True, *end)
+            torch.testing.assert_close(target("w4a8_linear", *arguments), reference.w4a8_linear(*arguments), rtol=2e-6, atol=2e-6)
+
+
+@TARGETS
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 128), (4, -1), (8, -1)])
+def test_a_gated_product_differs_by_the_rounding_of_its_silu(target, bits, group):
+    plain = reference.w4a8_swiglu if bits == 4 else reference.w8a8_swiglu
+    for rows in (1, 9, 17, 33, 65, 129):
+        for outputs in (1, 40, 113):
+            (xq, sx, *gate), (_, _, *up) = (draw_layer(bits, rows, 256, outputs, group, seed) for seed in (rows, 1000))
+            arguments = (xq, sx / 2000, *gate, *up, torch.float32)
+            found = target(f"w{bits}a8_swiglu", *arguments)
+            torch.testing.assert_close(found, plain(*arguments), rtol=2e-6, atol=1e-6, msg=f"M={rows} N={outputs}")
+    xq, sx, *gate = draw_layer(bits, 16, 256, 4200, group, 1)  # wide, and rounded once
+    arguments = (xq, sx / 2000, *gate, *gate, torch.bfloat16)
+    torch.testing.assert_close(target(f"w{bits}a8_swiglu", *arguments), plain(*arguments), rtol=2**-7, atol=1e-6)
+
+
+@TARGETS
+def test_weights_of_a_gated_product_may_lie_differently(target):
+    (xq, sx, *gate), (_, _, up, scales, zeros) = draw_w4(5, 256, 48, 64), draw_w4(5, 256, 48, 64, 1)
+    together = target("w4a8_swiglu", xq, sx, *gate, up, scales, zeros, torch.float32)
+    by_column = (scales.mT.contiguous().mT, zeros.mT.contiguous().mT)
+    same(target("w4a8_swiglu", xq, sx, *gate, up, *by_column, torch.float32), together, "scales of one weight kept by columns")
 
 
 @TARGETS

@@ -1,6 +1,8 @@
 """Quantised linear layers: every instruction set gives the very numbers of the integer reference, which is checked against whole-number
 arithmetic written out here."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,69 @@ def test_8_bit_kernel_equals_the_reference_to_the_bit(compiled, isa):
                     same(ops.w8a8_linear(*rest), reference.w8a8_linear(*rest), what)
 
 
+def draw_end(rows, per_row, outputs):
+    """Gain (R, 1, N) and residual (R, n, N), one of them in bfloat16, the gain a part of wider rows as the vectors of a VAR are."""
+    generator = torch.Generator().manual_seed(rows + outputs)
+    gain = torch.randn(rows, 3, outputs, generator=generator)[:, 1:2]
+    residual = torch.randn(rows, per_row, outputs, generator=generator)
+    return (gain.bfloat16(), residual) if rows % 2 else (gain, residual.bfloat16())
+
+
+def with_rows(arguments, *lead):
+    """The same rows in these dimensions."""
+    xq, sx, *layer = arguments
+    return xq.view(*lead, -1), sx.view(lead), *layer
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gain_and_residual_are_added_to_the_bit(compiled, isa, bits):
+    use(compiled, isa)
+    op, plain = (ops.w4a8_linear, reference.w4a8_linear) if bits == 4 else (ops.w8a8_linear, reference.w8a8_linear)
+    for (rows, per_row), outputs in itertools.product(((1, 1), (2, 3), (3, 1), (5, 9)), OUTPUTS):
+        drawn, _ = draw_w4(rows * per_row, 128, outputs, 64, rows) if bits == 4 else draw_w8(rows * per_row, 97, outputs, rows)
+        arguments = with_rows(drawn, rows, per_row)
+        gain, residual = draw_end(rows, per_row, outputs)
+        bias, offset = residual[0, 0].float(), arguments[1] - 0.5
+        for dtype, end in itertools.product(DTYPES, ((None, residual), (gain, None), (gain, residual))):
+            call = (*arguments, bias, dtype, offset, bias, False, *end)
+            same(op(*call), plain(*call), f"R={rows} n={per_row} N={outputs} {dtype} {build.ISA[isa]}")
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gelu_differs_by_its_own_rounding(compiled, isa, bits):
+    use(compiled, isa)
+    op, plain = (ops.w4a8_linear, reference.w4a8_linear) if bits == 4 else (ops.w8a8_linear, reference.w8a8_linear)
+    for rows, outputs in itertools.product((1, 6, 37), (1, 17, 113)):
+        drawn, _ = draw_w4(rows, 128, outputs, 32, rows) if bits == 4 else draw_w8(rows, 97, outputs, rows)
+        xq, sx, *layer = with_rows(drawn, rows, 1)
+        sx = sx / 2000  # where a GELU is curved
+        gain, residual = draw_end(rows, 1, outputs)
+        for end in ((), (gain, residual)):
+            call = (xq, sx, *layer, None, torch.float32, None, None, True, *end)
+            torch.testing.assert_close(op(*call), plain(*call), rtol=2e-6, atol=2e-6)
+            call = (xq, sx, *layer, None, torch.bfloat16, None, None, True, *end)
+            torch.testing.assert_close(op(*call), plain(*call), rtol=2**-7, atol=2e-6)
+
+
+def swiglu_arguments(bits, rows, columns, outputs, group):
+    (xq, sx, *gate), _ = draw_w4(rows, columns, outputs, group, 1) if bits == 4 else draw_w8(rows, columns, outputs, 1)
+    (_, _, *up), _ = draw_w4(rows, columns, outputs, group, 2) if bits == 4 else draw_w8(rows, columns, outputs, 2)
+    return xq, sx / 2000, *gate, *up
+
+
+@EVERY_ISA
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_gated_product_differs_by_the_rounding_of_its_silu(compiled, isa, bits):
+    use(compiled, isa)
+    op, plain = (ops.w4a8_swiglu, reference.w4a8_swiglu) if bits == 4 else (ops.w8a8_swiglu, reference.w8a8_swiglu)
+    for rows, outputs, group in itertools.product((0, 1, 6, 37), (1, 17, 113), (32, -1)):
+        arguments = swiglu_arguments(bits, rows, 96 if bits == 4 else 97, outputs, group)
+        torch.testing.assert_close(op(*arguments, torch.float32), plain(*arguments, torch.float32), rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(op(*arguments, torch.bfloat16), plain(*arguments, torch.bfloat16), rtol=2**-7, atol=1e-6)
+
+
 @EVERY_ISA
 def test_largest_sums_do_not_saturate(compiled, isa):
     use(compiled, isa)
@@ -268,6 +333,10 @@ def test_opcheck_accepts_the_ops(compiled):
     for dtype in DTYPES:
         torch.library.opcheck(ops.w4a8_linear, (*w4, torch.randn(17), dtype))
         torch.library.opcheck(ops.w8a8_linear, (*w8, None, dtype, torch.randn(2), torch.randn(17)))
+        gain, residual = draw_end(1, 2, 17)
+        torch.library.opcheck(ops.w4a8_linear, (*with_rows(w4, 1, 2), None, dtype, None, None, True, gain, residual))
+    torch.library.opcheck(ops.w4a8_swiglu, (*swiglu_arguments(4, 2, 128, 17, 64), torch.bfloat16))
+    torch.library.opcheck(ops.w8a8_swiglu, (*swiglu_arguments(8, 2, 97, 17, -1), torch.bfloat16))
 
 
 def change(arguments, **other):
@@ -291,6 +360,8 @@ def change(arguments, **other):
         ({"offset": torch.zeros(2), "rowsum_N": torch.zeros(16)}, "rowsum is torch.float32 (16,), expected torch.float32 (17,)"),
         ({"offset": torch.zeros(3), "rowsum_N": torch.zeros(17)}, "offset is torch.float32 (3,), expected torch.float32 (2,)"),
         ({"dtype": torch.float16}, "no results in torch.float16"),
+        ({"gain": torch.zeros(2, 1, 17)}, "a gain (R, 1, N) is for xq (R, n, K), not (2, 128)"),
+        ({"residual": torch.zeros(2, 16)}, "residual is torch.float32 (2, 16), expected (2, 17)"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(other, message):
@@ -303,6 +374,27 @@ def test_what_does_not_fit_is_refused_by_name(other, message):
         finally:
             kernels.set_backend("auto")
         assert message in caught.value.message, backend
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_weights_that_do_not_belong_together_are_refused_by_name(backend):
+    kernels.set_backend(backend)
+    try:
+        xq, sx, gate, gate_scales, gate_zeros, up, up_scales, up_zeros = swiglu_arguments(4, 2, 128, 17, 64)
+        with pytest.raises(ConfigError, match=r"w4a8_swiglu: scales of up is torch.float32 \(16, 2\), expected \(17, 2\)"):
+            kernels.w4a8_swiglu(xq, sx, gate, gate_scales, gate_zeros, up, up_scales[:16], up_zeros[:16], 64)
+        with pytest.raises(ConfigError, match="w4a8_swiglu: weight torch.uint8 .* is not the layout"):
+            kernels.w4a8_swiglu(xq, sx, gate, gate_scales, gate_zeros, up[:, :8], up_scales, up_zeros, 64)
+        with pytest.raises(ConfigError, match="w4a8_swiglu: groups of 32 do not fit"):
+            kernels.w4a8_swiglu(xq, sx, gate, gate_scales, gate_zeros, up, up_scales, up_zeros, 32)
+        xq, sx, gate, gate_scale, up, up_scale = swiglu_arguments(8, 2, 97, 17, -1)
+        with pytest.raises(ConfigError, match="w8a8_swiglu: scale of up"):
+            kernels.w8a8_swiglu(xq, sx, gate, gate_scale, up, up_scale[:16])
+        xq, sx, *layer = draw_w8(2, 97, 17)[0]
+        with pytest.raises(ConfigError, match=r"w8a8_linear: gain is torch.float32 \(1, 1, 17\), expected \(2, 1, 17\)"):
+            kernels.w8a8_linear(xq[:, None], sx[:, None], *layer, gain=torch.zeros(1, 1, 17))
+    finally:
+        kernels.set_backend("auto")
 
 
 def test_wrong_matrices_are_refused_by_name():

@@ -33,6 +33,15 @@ def test_large_layers_equal_the_float64_product(dtype, rows, bias, gelu):
     )
 
 
+@pytest.mark.parametrize("rows", [3, 60])
+@torch.inference_mode()
+def test_results_join_a_residual_as_torch_adds_them(rows):
+    module, x = layer(torch.bfloat16, True), torch.randn(2, rows, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    residual, gain = torch.randn(2, rows, 1024), torch.randn(2, 1, 1024).bfloat16()
+    assert torch.equal(module(x, residual=residual), residual + module(x))
+    assert torch.equal(module(x, residual=residual, gain=gain), torch.addcmul(residual, gain, module(x)))
+
+
 def test_who_computes(monkeypatch):
     large, small, x = layer(torch.float32, True), layer(torch.float32, True, 512, 512), torch.randn(40, 512)
     with torch.inference_mode():

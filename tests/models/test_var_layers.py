@@ -28,11 +28,15 @@ class Integers(nn.Module):
         self.integers_NK = (layer.weight / self.step_N1).round().to(torch.int16)
         self.offset, self.calls = layer.bias, 0
 
-    def forward(self, x: Tensor, gelu: bool = False, outputs: slice | None = None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, gelu: bool = False, outputs: slice | None = None, bias: Tensor | None = None, residual: Tensor | None = None,
+        gain: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         self.calls += 1
         y = nn.functional.linear(x, self.integers_NK * self.step_N1, self.offset)
         y = y if outputs is None else y[..., outputs] + bias
-        return nn.functional.gelu(y, approximate="tanh") if gelu else y
+        y = nn.functional.gelu(y, approximate="tanh") if gelu else y
+        return y if residual is None else residual + gain * y
 
 
 def replaced(model: VAR, names: tuple[str, ...]) -> list[Integers]:

@@ -181,7 +181,7 @@ def test_an_empty_set_and_inputs_that_are_not_finite_are_refused(models, monkeyp
         observe(Samples(model, tiny_quant.rule(model)[0]), {SITE["llamagen"]: [LAYER["llamagen"]]})
     samples = tiny_quant.samples(model)
     layer = model.module.get_submodule("layers.0.attention.wo")
-    monkeypatch.setattr(layer, "forward", lambda x: torch.full_like(x, torch.nan))
+    monkeypatch.setattr(layer, "forward", lambda x, residual: torch.full_like(residual, torch.nan))
     with pytest.raises(NumericalError, match="layers.1.attention_norm"):
         observe(samples, {SITE["llamagen"]: [LAYER["llamagen"]]})
     assert not model.module.get_submodule(LAYER["llamagen"])._forward_pre_hooks

@@ -120,7 +120,41 @@ def test_some_outputs_alone_with_another_bias(bits, group, kind, outputs):
 def test_the_gelu_behind_a_layer_is_the_tanh_form():
     layer, _ = layer_of()
     x = normal(3, 64, seed=2)
-    assert torch.equal(layer(x, gelu=True), F.gelu(layer(x), approximate="tanh"))
+    close(layer(x, gelu=True), F.gelu(layer(x), approximate="tanh"), "GELU")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_layer_adds_its_result_to_a_residual(bits):
+    """As torch does behind an unquantised layer, in the wider of both types."""
+    layer, (weight, bias_N, form) = layer_of(bits, 32)
+    x, residual, gain = normal(2, 5, 64, seed=2), normal(2, 5, 40, seed=3), normal(2, 1, 40, seed=4)
+    expected = tiny_quant.by_hand(weight, bias_N, form, x)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer.to(dtype)
+        close(layer(x, residual=residual), residual + expected, "residual")
+        close(layer(x, residual=residual, gain=gain), torch.addcmul(residual, gain, expected), "residual and gain")
+    assert layer(x, residual=residual.bfloat16()).dtype == torch.bfloat16
+    layer.float()
+    close(layer(x, outputs=slice(8, 24), residual=residual[..., 8:24]), residual[..., 8:24] + (expected - bias_N)[..., 8:24], "a part")
+
+
+@pytest.mark.parametrize("bits,group", FORMATS)
+@pytest.mark.parametrize("K", [64, 12])
+def test_layers_of_one_format_make_a_gated_product(bits, group, K):
+    group = group if K == 64 else CHANNEL
+    gate, up = (QuantLinear(quantise_weight(normal(40, K, seed=seed), bits, group), None, InputFormat(), torch.float32) for seed in (0, 1))
+    x = normal(3, 5, K, seed=2)
+    assert gate.gates(up)
+    close(gate.swiglu(up, x), F.silu(gate(x)) * up(x), "product")
+    close(gate.swiglu(up, gate.quantise(x)), F.silu(gate(x)) * up(x), "product of rows that were quantised before")
+
+
+def test_layers_of_two_formats_make_none():
+    gate = layer_of(bias=False)[0]
+    others = dict(bits=8), dict(group=64), dict(N=48), dict(K=96), dict(kind="smooth"), dict(bias=True), dict(dtype=torch.bfloat16)
+    assert gate.gates(layer_of(bias=False)[0]) and not gate.gates(nn.Linear(64, 40))
+    assert not any(gate.gates(layer_of(**{"bias": False, **other})[0]) for other in others)
+    assert not layer_of()[0].gates(gate) and not layer_of(kind="shifted", bias=False)[0].gates(layer_of(kind="shifted", bias=False)[0])
 
 
 # -- precision and place ------------------------------------------------------------------------------------------------------
@@ -172,7 +206,7 @@ def producer(kind, K=64):
         return norm, (x,)
     if kind == "modulate":
         return Modulate(1e-6), (x, y[:, :1], normal(2, 1, K, seed=8), torch.float32)
-    return (SwiGLU(), (x, y)) if kind == "gate" else (GELU(), (nn.Linear(K, K), x))
+    return (SwiGLU(), (nn.Identity(), lambda _: y, x)) if kind == "gate" else (GELU(), (nn.Linear(K, K), x))
 
 
 @pytest.mark.parametrize("kind", ["norm", "modulate", "gate"])
@@ -237,6 +271,7 @@ def test_a_simulated_layer_rounds_both_sides_in_floating_point():
     assert_close(layer(x), expected, abs_tol=1e-4, what="product")
     assert_close(layer(x, outputs=slice(8, 24), bias=bias_N[8:24]), expected[..., 8:24], abs_tol=1e-4, what="some outputs")
     assert_close(layer(x, gelu=True), F.gelu(expected, approximate="tanh"), abs_tol=1e-4, what="GELU")
+    assert_close(layer(x, residual=2 * expected), 3 * expected, abs_tol=1e-4, what="residual")
     assert not layer.weight.requires_grad and layer.weight.numel() == 40 * 64  # nothing is smaller
 
 

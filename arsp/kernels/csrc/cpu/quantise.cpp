@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "numbers.h"
 #include "threads.h"
 
 namespace {
@@ -25,12 +26,6 @@ using Bf16 = c10::BFloat16;
 constexpr int64_t kThreadValues = 1 << 15;  // least values that are worth a thread
 constexpr int64_t kMostLanes = 16;
 constexpr float kShift = 0.17f;  // GELU is above -kShift, but for rounding
-
-// float32 or bfloat16: one of them is not null.
-struct Numbers {
-  const float* wide;
-  const Bf16* narrow;
-};
 
 struct Balance {
   const float* smooth;  // or null

@@ -9,10 +9,7 @@ typedef int8_t codes_unaligned __attribute__((vector_size(ARSP_LANES), aligned(1
 
 // A register of the values from k on, with zeros behind the last of K.
 ARSP_TARGET inline vec take(Numbers from, int64_t k, int64_t K) {
-  if (k + ARSP_LANES <= K) return from.narrow ? load(from.narrow + k) : load(from.wide + k);
-  float last[ARSP_LANES] = {};
-  for (int64_t i = k; i < K; ++i) last[i - k] = from.narrow ? static_cast<float>(from.narrow[i]) : from.wide[i];
-  return load(last);
+  return from.narrow ? load_left(from.narrow + k, K - k) : load_left(from.wide + k, K - k);
 }
 
 // Writes what lies behind the last of K values, to the end of its register.
@@ -37,12 +34,6 @@ ARSP_TARGET inline float sum(int64_t K, Term term) {
     total += part;
   }
   return sum_of(total);
-}
-
-// 1 / (1 + e^-x)
-ARSP_TARGET inline vec sigmoid(vec x) {
-  const vec e = exp_nonpositive(x < 0 ? x : -x);
-  return (x < 0 ? e : splat(1)) / (e + 1.f);
 }
 
 ARSP_TARGET void copy(Numbers x, int64_t K, float* values) {
@@ -83,12 +74,8 @@ ARSP_TARGET void swiglu(Numbers a, Numbers b, int64_t K, float* values) {
   }
 }
 
-// The tanh form: (1 + tanh u) / 2 = sigmoid(2 u).
 ARSP_TARGET void gelu(Numbers x, int64_t K, float* values) {
-  for (int64_t k = 0; k < K; k += ARSP_LANES) {
-    const vec v = take(x, k, K);
-    store(values + k, v * sigmoid((v * v * v * 0.044715f + v) * 1.5957691216f));
-  }
+  for (int64_t k = 0; k < K; k += ARSP_LANES) store(values + k, gelu_of(take(x, k, K)));
 }
 
 // Lanes `width` apart change places, and the upper of two changes sign.

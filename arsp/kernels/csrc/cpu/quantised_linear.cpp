@@ -16,11 +16,13 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #include "isa.h"
+#include "numbers.h"
 #include "threads.h"
 
 namespace {
@@ -44,6 +46,9 @@ struct Layer {
   const float* offset;   // of the rows of x, or null; then
   const float* rowsum;   // whole tiles
   int64_t rows, columns, outputs, groups, scale_stride, zero_stride;
+  bool gelu;
+  Numbers gain, residual;  // or null; rows of the gain are gain_stride apart, each for gain_rows rows of x
+  int64_t gain_stride, gain_rows;
 };
 
 #define ARSP_BLOCK "quantised_linear_block.h"
@@ -75,19 +80,41 @@ at::Tensor by_column(const at::Tensor& t) {
 int64_t column_stride(const at::Tensor& t) { return t.dim() == 2 ? t.stride(1) : 0; }
 
 // Threads split the tiles, so each result is one thread's sum in one fixed order.
-template <int kBits, typename Y>
-void run(Layer layer, at::Tensor& out) {
-  Y* y = out.data_ptr<Y>();
-  const auto version = ARSP_VERSION(tiles<kBits, Y>);
-  const int64_t tile_bytes = layer.columns * kTile * kBits / 8;
+template <typename Each>
+void each_thread(const Layer& layer, int bits, Each each) {
+  const int64_t tile_bytes = layer.columns * kTile * bits / 8;
   const int64_t worth = worth_a_thread(kThreadBytes) / std::max<int64_t>(1, tile_bytes * layer.rows);
-  at::parallel_for(0, (layer.outputs + kTile - 1) / kTile, std::max<int64_t>(4, worth),
-                   [&](int64_t begin, int64_t end) { version(layer, begin, end, y); });
+  at::parallel_for(0, (layer.outputs + kTile - 1) / kTile, std::max<int64_t>(4, worth), each);
+}
+
+template <int kBits, typename Y>
+void run(const Layer& layer, at::Tensor& out) {
+  Y* y = out.data_ptr<Y>();
+  if (!layer.gelu && !layer.gain && !layer.residual) {
+    const auto version = ARSP_VERSION(tiles<kBits, Y>);
+    return each_thread(layer, kBits, [&](int64_t begin, int64_t end) { version(layer, begin, end, y); });
+  }
+  const at::Tensor products = std::is_same_v<Y, float> ? out : at::empty(out.sizes(), out.options().dtype(at::kFloat));
+  float* sums = products.data_ptr<float>();
+  const auto version = ARSP_VERSION(tiles<kBits, float>);
+  const auto finish = ARSP_VERSION(end<Y>);
+  each_thread(layer, kBits, [&](int64_t begin, int64_t end) {
+    version(layer, begin, end, sums);
+    finish(layer, sums, begin * kTile, std::min(end * kTile, layer.outputs), y);
+  });
 }
 
 struct Optional {
   const std::optional<at::Tensor>&zeros, &bias, &offset, &rowsum;
+  bool gelu;
+  const std::optional<at::Tensor>&gain, &residual;
 };
+
+Numbers floats(const at::Tensor& t) {
+  if (!t.defined()) return {nullptr, nullptr};
+  if (t.scalar_type() == at::kFloat) return {t.const_data_ptr<float>(), nullptr};
+  return {nullptr, t.const_data_ptr<Bf16>()};
+}
 
 at::Tensor linear(int bits, const at::Tensor& xq, const at::Tensor& sx, const at::Tensor& weight, const at::Tensor& scales,
                   const Optional& more, at::ScalarType dtype) {
@@ -109,9 +136,15 @@ at::Tensor linear(int bits, const at::Tensor& xq, const at::Tensor& sx, const at
   TORCH_CHECK(!more.offset || (more.offset->scalar_type() == at::kFloat && more.offset->sizes() == sx.sizes() &&
                                more.rowsum->scalar_type() == at::kFloat && more.rowsum->dim() == 1 && more.rowsum->size(0) == N),
               name, "expected offset float32 in the shape of sx and rowsum float32 (N)");
+  for (const auto* t : {&more.gain, &more.residual})
+    TORCH_CHECK(!*t || (*t)->scalar_type() == at::kFloat || (*t)->scalar_type() == at::kBFloat16, name,
+                "gain and residual are float32 or bfloat16");
+  TORCH_CHECK(!more.gain || (xq.dim() == 3 && more.gain->sizes() == at::IntArrayRef({xq.size(0), 1, N})), name,
+              "expected a gain (R, 1, N) for xq (R, n, K)");
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, name, "results are float32 or bfloat16");
   c10::SmallVector<int64_t, 4> shape(xq.sizes().begin(), xq.sizes().end());
   shape.back() = N;
+  TORCH_CHECK(!more.residual || more.residual->sizes() == shape, name, "expected a residual in the shape of the result");
   at::Tensor out = at::empty(shape, xq.options().dtype(dtype));
   if (out.numel() == 0) return out;
 
@@ -121,6 +154,8 @@ at::Tensor linear(int bits, const at::Tensor& xq, const at::Tensor& sx, const at
   const at::Tensor bias_c = more.bias ? by_column(more.bias->to(at::kFloat)) : at::Tensor();
   const at::Tensor offset_c = more.offset ? more.offset->contiguous() : at::Tensor();
   const at::Tensor rowsum_c = more.rowsum ? by_column(*more.rowsum) : at::Tensor();
+  const at::Tensor gain_c = !more.gain ? at::Tensor() : more.gain->stride(2) == 1 ? *more.gain : more.gain->contiguous();
+  const at::Tensor residual_c = more.residual ? more.residual->contiguous() : at::Tensor();
   const auto numbers = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
   const int64_t columns = x.size(-1);
   c10::SmallVector<int32_t, 256> sums(M * groups);
@@ -140,7 +175,12 @@ at::Tensor linear(int bits, const at::Tensor& xq, const at::Tensor& sx, const at
                     numbers(bias_c),
                     numbers(offset_c),
                     numbers(rowsum_c),
-                    M, columns, N, groups, column_stride(scales_c), more.zeros ? column_stride(zeros_c) : 0};
+                    M, columns, N, groups, column_stride(scales_c), more.zeros ? column_stride(zeros_c) : 0,
+                    more.gelu,
+                    floats(gain_c),
+                    floats(residual_c),
+                    more.gain ? gain_c.stride(0) : 0,
+                    more.gain ? xq.size(1) : 1};
   if (bits == 4) {
     dtype == at::kFloat ? run<4, float>(layer, out) : run<4, Bf16>(layer, out);
   } else {
@@ -149,18 +189,50 @@ at::Tensor linear(int bits, const at::Tensor& xq, const at::Tensor& sx, const at
   return out;
 }
 
+// silu(a) b of two products with the same rows of x.
+at::Tensor swiglu_of(const at::Tensor& a, const at::Tensor& b, at::ScalarType dtype) {
+  TORCH_CHECK(a.sizes() == b.sizes(), "swiglu: the weights have different numbers of rows");
+  at::Tensor out = dtype == at::kFloat ? a : at::empty(a.sizes(), a.options().dtype(dtype));
+  const float *gate = a.const_data_ptr<float>(), *up = b.const_data_ptr<float>();
+  at::parallel_for(0, a.numel(), worth_a_thread(kThreadValues), [&](int64_t begin, int64_t end) {
+    if (dtype == at::kFloat) {
+      ARSP_VERSION(swiglu<float>)(gate + begin, up + begin, end - begin, out.data_ptr<float>() + begin);
+    } else {
+      ARSP_VERSION(swiglu<Bf16>)(gate + begin, up + begin, end - begin, out.data_ptr<Bf16>() + begin);
+    }
+  });
+  return out;
+}
+
 at::Tensor w8a8_linear(const at::Tensor& xq, const at::Tensor& sx, const at::Tensor& weight, const at::Tensor& scale,
                        const std::optional<at::Tensor>& bias, at::ScalarType dtype, const std::optional<at::Tensor>& offset,
-                       const std::optional<at::Tensor>& rowsum) {
+                       const std::optional<at::Tensor>& rowsum, bool gelu, const std::optional<at::Tensor>& gain,
+                       const std::optional<at::Tensor>& residual) {
   TORCH_CHECK(scale.dim() == 1, "w8a8_linear: expected scale (N)");
-  return linear(8, xq, sx, weight, scale, {std::nullopt, bias, offset, rowsum}, dtype);
+  return linear(8, xq, sx, weight, scale, {std::nullopt, bias, offset, rowsum, gelu, gain, residual}, dtype);
 }
 
 at::Tensor w4a8_linear(const at::Tensor& xq, const at::Tensor& sx, const at::Tensor& weight, const at::Tensor& scales,
                        const at::Tensor& zeros, const std::optional<at::Tensor>& bias, at::ScalarType dtype,
-                       const std::optional<at::Tensor>& offset, const std::optional<at::Tensor>& rowsum) {
+                       const std::optional<at::Tensor>& offset, const std::optional<at::Tensor>& rowsum, bool gelu,
+                       const std::optional<at::Tensor>& gain, const std::optional<at::Tensor>& residual) {
   TORCH_CHECK(scales.dim() == 2, "w4a8_linear: expected scales (N, G)");
-  return linear(4, xq, sx, weight, scales, {zeros, bias, offset, rowsum}, dtype);
+  return linear(4, xq, sx, weight, scales, {zeros, bias, offset, rowsum, gelu, gain, residual}, dtype);
+}
+
+const std::optional<at::Tensor> kNone;
+
+at::Tensor w8a8_swiglu(const at::Tensor& xq, const at::Tensor& sx, const at::Tensor& gate, const at::Tensor& gate_scale, const at::Tensor& up,
+                       const at::Tensor& up_scale, at::ScalarType dtype) {
+  return swiglu_of(w8a8_linear(xq, sx, gate, gate_scale, kNone, at::kFloat, kNone, kNone, false, kNone, kNone),
+                   w8a8_linear(xq, sx, up, up_scale, kNone, at::kFloat, kNone, kNone, false, kNone, kNone), dtype);
+}
+
+at::Tensor w4a8_swiglu(const at::Tensor& xq, const at::Tensor& sx, const at::Tensor& gate, const at::Tensor& gate_scales,
+                       const at::Tensor& gate_zeros, const at::Tensor& up, const at::Tensor& up_scales, const at::Tensor& up_zeros,
+                       at::ScalarType dtype) {
+  return swiglu_of(w4a8_linear(xq, sx, gate, gate_scales, gate_zeros, kNone, at::kFloat, kNone, kNone, false, kNone, kNone),
+                   w4a8_linear(xq, sx, up, up_scales, up_zeros, kNone, at::kFloat, kNone, kNone, false, kNone, kNone), dtype);
 }
 
 }  // namespace
@@ -168,4 +240,6 @@ at::Tensor w4a8_linear(const at::Tensor& xq, const at::Tensor& sx, const at::Ten
 TORCH_LIBRARY_IMPL(arsp, CPU, m) {
   m.impl("w8a8_linear", w8a8_linear);
   m.impl("w4a8_linear", w4a8_linear);
+  m.impl("w8a8_swiglu", w8a8_swiglu);
+  m.impl("w4a8_swiglu", w4a8_swiglu);
 }

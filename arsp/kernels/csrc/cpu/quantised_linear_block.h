@@ -19,6 +19,11 @@ constexpr int kRows = 2, kTiles = 1;
 constexpr int kFew = 2;  // up to so many rows, tiles are read one after another: in a straight line through memory
 constexpr int kParts = kTile / ARSP_LANES;  // registers that hold a number for every row of a tile
 
+// A register of the values from `at` on, with zeros behind those that are left.
+ARSP_TARGET inline vec take(Numbers from, int64_t at, int64_t left) {
+  return from.narrow ? load_left(from.narrow + at, left) : load_left(from.wide + at, left);
+}
+
 ARSP_TARGET inline ints load_ints(const void* p) { return *static_cast<const ints_unaligned*>(p); }
 
 // sum[lane] += sum over the four bytes of a lane of w (unsigned, at most 15 with 4 bits) times x (signed), exact.
@@ -194,5 +199,41 @@ ARSP_TARGET void sum_groups(const int8_t* x, int64_t size, int64_t groups, int32
     int32_t sum = 0;
     for (int64_t k = 0; k < size; ++k) sum += x[k];
     sums[g] = sum;
+  }
+}
+
+// The first `left` values of a register.
+template <typename Y>
+ARSP_TARGET inline void store_left(Y* to, vec y, int64_t left) {
+  if (left >= ARSP_LANES) return store(to, y);
+  Y last[ARSP_LANES];
+  store(last, y);
+  std::memcpy(to, last, left * sizeof(Y));
+}
+
+// GELU, gain and residual behind columns [first, last) of the products.
+template <typename Y>
+ARSP_TARGET void end(const Layer& layer, const float* products, int64_t first, int64_t last, Y* out) {
+  for (int64_t m = 0; m < layer.rows; ++m) {
+    const int64_t row = m * layer.outputs, gains = m / layer.gain_rows * layer.gain_stride;
+    for (int64_t n = first; n < last; n += ARSP_LANES) {
+      vec y = load_left(products + row + n, last - n);
+      if (layer.gelu) y = gelu_of(y);
+      if (layer.gain) {
+        y *= take(layer.gain, gains + n, last - n);
+        ARSP_ROUNDED(y);
+      }
+      if (layer.residual) y += take(layer.residual, row + n, last - n);
+      store_left(out + row + n, y, last - n);
+    }
+  }
+}
+
+// out = silu(a) b of as many values.
+template <typename Y>
+ARSP_TARGET void swiglu(const float* a, const float* b, int64_t num, Y* out) {
+  for (int64_t i = 0; i < num; i += ARSP_LANES) {
+    const vec v = load_left(a + i, num - i);
+    store_left(out + i, v * sigmoid(v) * load_left(b + i, num - i), num - i);
   }
 }

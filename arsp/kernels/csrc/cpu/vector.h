@@ -13,6 +13,15 @@ ARSP_TARGET inline vec load(const Bf16* p) {
   return (vec)(__builtin_convertvector(*reinterpret_cast<const half_unaligned*>(p), bits) << 16);
 }
 
+// Zeros behind the values that are left.
+template <typename T>
+ARSP_TARGET inline vec load_left(const T* p, int64_t left) {
+  if (left >= ARSP_LANES) return load(p);
+  float last[ARSP_LANES] = {};
+  for (int64_t i = 0; i < left; ++i) last[i] = p[i];
+  return load(last);
+}
+
 ARSP_TARGET inline void store(float* p, vec v) { *reinterpret_cast<vec_unaligned*>(p) = v; }
 
 // To the nearest, ties to even; NaN stays NaN.
@@ -38,3 +47,12 @@ ARSP_TARGET inline vec exp_nonpositive(vec x) {
   poly = poly * (r * r) + r + 1.f;
   return x < -86.9f ? vec{} : (vec)((bits)poly + ((bits)shifted << 23));
 }
+
+// 1 / (1 + e^-x)
+ARSP_TARGET inline vec sigmoid(vec x) {
+  const vec e = exp_nonpositive(x < 0 ? x : -x);
+  return (x < 0 ? e : splat(1)) / (e + 1.f);
+}
+
+// GELU in its tanh form: (1 + tanh u) / 2 = sigmoid(2 u).
+ARSP_TARGET inline vec gelu_of(vec x) { return x * sigmoid((x * x * x * 0.044715f + x) * 1.5957691216f); }

@@ -94,6 +94,13 @@ struct Numbers {
   }
 };
 
+// ---- functions of one number
+
+ARSP_DEVICE float sigmoid(float x) { return __fdiv_rn(1.f, 1.f + expf(-x)); }
+
+// GELU in its tanh form: (1 + tanh u) / 2 = sigmoid(2 u).
+ARSP_DEVICE float gelu(float x) { return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)); }
+
 // ---- threads of a block
 
 constexpr unsigned kAllLanes = 0xffffffffu;

@@ -7,66 +7,18 @@
 //   4 bits: piece 4 s + p holds columns 32 s + 8 p ..: low nibbles are k 4 p .. 4 p + 3 of the instruction, high nibbles k 16 + 4 p ..
 //   8 bits: pieces 8 s + p and 8 s + 4 + p hold columns 32 s + 4 p .. and 32 s + 16 + 4 p ..
 //   rows: instruction j (0, 1) takes row 4 g + 2 j as its row g and 4 g + 2 j + 1 as its row g + 8.
+// In a SwiGLU layer the two tiles of a pair are the same tile of two weights: lanes 0 .. 15 have the rows of the gate, lanes 16 .. 31 the
+// same rows of the other weight, and a shuffle brings them together.
 // So weights are on the side of 16 and the rows of x on the side of 8: one row of x wastes 7 columns, not 15.
 //
 // Sums over a group of columns are whole numbers and exact; outside, every operation is rounded as in reference.py and groups are
 // added in their order, so results equal the reference to the bit. Where several warps share the columns of an output (`decode`), every warp
 // hands over its groups one by one and they are added in order.
-#include "device.cuh"
+#include "quantised_linear.cuh"
 
 namespace {
 
-constexpr int kPieceBytes = 64;
 constexpr int kWarps = 8;  // of `decode`
-
-struct Linear {
-  const int8_t* x;  // (M, width), 16-byte aligned rows, zeros behind the columns of the weight
-  const float* sx;
-  const uint8_t* weight;
-  const float* scales;
-  const uint8_t* zeros;  // null: none
-  const void* bias;      // null: none
-  const float* offset;   // null: none
-  const float* rowsum;
-  void* y;
-  int M, N, width, tiles, pieces, groups;
-  int64_t scale_row, scale_group, zero_row, zero_group;  // strides of scales and zeros
-  int bias_type, y_type;
-};
-
-// y of one output; `total` is the sum over the groups.
-ARSP_DEVICE float finish(const Linear& l, float total, int m, int n) {
-  float y = __fmul_rn(total, l.sx[m]);
-  if (l.bias != nullptr) y = __fadd_rn(y, Numbers{l.bias, l.bias_type}[n]);
-  if (l.offset != nullptr) y = __fadd_rn(y, __fmul_rn(l.offset[m], l.rowsum[n]));
-  return y;
-}
-
-ARSP_DEVICE void store(const Linear& l, float y, int m, int n) {
-  const int64_t at = static_cast<int64_t>(m) * l.N + n;
-  if (l.y_type == kFloat) {
-    put(static_cast<float*>(l.y) + at, y);
-  } else {
-    put(static_cast<Bf16*>(l.y) + at, y);
-  }
-}
-
-// Scales and zero points of 4 neighbouring rows.
-struct RowGroup {
-  float scale[4];
-  int zero[4];
-};
-
-ARSP_DEVICE RowGroup load_rows(const Linear& l, int n, int group) {
-  RowGroup rows;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const bool valid = n + i < l.N && group < l.groups;
-    rows.scale[i] = valid ? __ldg(l.scales + (n + i) * l.scale_row + group * l.scale_group) : 0.f;
-    rows.zero[i] = valid && l.zeros != nullptr ? __ldg(l.zeros + (n + i) * l.zero_row + group * l.zero_group) : 0;
-  }
-  return rows;
-}
 
 // 16 bytes of weights of a step: one piece of 4-bit codes, two of 8-bit codes.
 template <bool k4>
@@ -113,19 +65,20 @@ struct Decode {
     RowGroup rows[kPairs];
   };
 
-  static ARSP_DEVICE void load(const Linear& l, int first_tile, int unit, Unit& u) {
+  static ARSP_DEVICE void load(const Linear& l, int first_pair, int unit, Unit& u) {
     const int lane = threadIdx.x % kLanes, g = lane / 4, p = lane % 4;
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
       const int step = unit * kSteps + s;
 #pragma unroll
       for (int r = 0; r < kPairs; ++r) {
-        const int tile = first_tile + 2 * r + g / 4;
+        const int tile = row_of(l, first_pair + r, 4 * g) / kTile;
+        const uint8_t* const codes = weight_of(l, 4 * g).codes;
 #pragma unroll
         for (int h = 0; h < (k4 ? 1 : 2); ++h) {
           const int piece = k4 ? 4 * step + p : 8 * step + 4 * h + p;
           const int64_t at = (static_cast<int64_t>(tile) * l.pieces + piece) * kPieceBytes + g % 4 * 16;
-          u.w[s][r].at[h] = tile < l.tiles && piece < l.pieces ? load_once(l.weight + at) : nothing();
+          u.w[s][r].at[h] = tile < l.tiles && piece < l.pieces ? load_once(codes + at) : nothing();
         }
       }
 #pragma unroll
@@ -146,7 +99,7 @@ struct Decode {
     }
 #pragma unroll
     for (int r = 0; r < kPairs; ++r)
-      if (!kWhole) u.rows[r] = load_rows(l, 16 * first_tile + 32 * r + 4 * g, unit);
+      if (!kWhole) u.rows[r] = load_rows(l, first_pair + r, 4 * g, unit);
   }
 
   static ARSP_DEVICE uint4 nothing() {  // codes of 0
@@ -210,11 +163,11 @@ struct Decode {
 
   static ARSP_DEVICE void run(const Linear& l, unsigned char* memory) {
     uint32_t* const slots = reinterpret_cast<uint32_t*>(memory);
-    const int warp = threadIdx.x / kLanes, first_tile = 2 * kPairs * blockIdx.x, first_row = 16 * first_tile;
+    const int warp = threadIdx.x / kLanes, first_pair = kPairs * blockIdx.x;
     const int units = (l.pieces + (k4 ? 4 : 8) * kSteps - 1) / ((k4 ? 4 : 8) * kSteps), rounds = (units + kWarps - 1) / kWarps;
     Unit ahead[kAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load(l, first_tile, i * kWarps + warp, ahead[i]);
+    for (int i = 0; i < kAhead; ++i) load(l, first_pair, i * kWarps + warp, ahead[i]);
     int acc[kPairs][2][kCols][4], sums[kCols][4];
     clear(acc, sums);
     float total[kOutputs] = {};
@@ -223,14 +176,14 @@ struct Decode {
       for (int i = 0; i < kAhead; ++i) {
         const int round = start + i;
         if (round >= rounds) break;
-        multiply(ahead[i], l.zeros != nullptr, acc, sums);
+        multiply(ahead[i], l.weight.zeros != nullptr, acc, sums);
         if constexpr (kWhole) {
-          load(l, first_tile, (round + kAhead) * kWarps + warp, ahead[i]);
+          load(l, first_pair, (round + kAhead) * kWarps + warp, ahead[i]);
         } else {
           uint32_t* const half = slots + round % 2 * kWarps * kSlot;
           hand_over(half + warp * kSlot, ahead[i].rows, acc, sums);
           clear(acc, sums);
-          load(l, first_tile, (round + kAhead) * kWarps + warp, ahead[i]);
+          load(l, first_pair, (round + kAhead) * kWarps + warp, ahead[i]);
           __syncthreads();  // slots of the round before last are free again: whoever is here has added them
           const int num = min(kWarps, units - round * kWarps);
 #pragma unroll
@@ -244,21 +197,29 @@ struct Decode {
     if constexpr (kWhole) {
       RowGroup rows[kPairs];
 #pragma unroll
-      for (int r = 0; r < kPairs; ++r) rows[r] = load_rows(l, first_row + 32 * r + threadIdx.x % kLanes / 4 * 4, 0);
+      for (int r = 0; r < kPairs; ++r) rows[r] = load_rows(l, first_pair + r, threadIdx.x % kLanes / 4 * 4, 0);
       hand_over(slots + warp * kSlot, rows, acc, sums);
       __syncthreads();
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) {
-        const int at = threadIdx.x + o * kWarps * kLanes, from = at / kRows * kPitch + at % kRows, n = first_row + at % kRows;
+        const int at = threadIdx.x + o * kWarps * kLanes, row = at % kRows, from = at / kRows * kPitch + row;
+        const int n = row_of(l, first_pair + row / 32, row % 32);
         int inner = 0;
         for (int w = 0; w < kWarps; ++w) inner += static_cast<int>(slots[w * kSlot + from]);
-        total[o] = __fmul_rn(__int2float_rn(inner), n < l.N ? l.scales[n * l.scale_row] : 0.f);
+        total[o] = __fmul_rn(__int2float_rn(inner), n < l.N ? weight_of(l, row % 32).scales[n * l.scale_row] : 0.f);
       }
     }
 #pragma unroll
     for (int o = 0; o < kOutputs; ++o) {
-      const int at = threadIdx.x + o * kWarps * kLanes, m = at / kRows, n = first_row + at % kRows;
-      if (m < l.M && n < l.N) store(l, finish(l, total[o], m, n), m, n);
+      const int at = threadIdx.x + o * kWarps * kLanes, m = at / kRows, row = at % kRows;
+      const int n = row_of(l, first_pair + row / 32, row % 32);
+      const bool valid = m < l.M && n < l.N;
+      float y = valid ? finish(l, total[o], m, n) : 0.f;
+      if (l.up.codes != nullptr) {  // row is that of the lane, modulo 32
+        y = swiglu(y, __shfl_xor_sync(kAllLanes, y, 16));
+        if (row % 32 >= 16) continue;
+      }
+      if (valid) store(l, y, m, n);
     }
   }
 };
@@ -289,12 +250,13 @@ struct Tiles {
     return kWeightBytes + row * kColumns + (chunk ^ (k4 ? (row >> 1 & 1) * 2 : row >> 1 & 3)) * 16;
   }
 
-  static ARSP_DEVICE void fetch(const Linear& l, int first_tile, int first_m, int iteration, unsigned char* stage) {
+  static ARSP_DEVICE void fetch(const Linear& l, int first_pair, int first_m, int iteration, unsigned char* stage) {
     for (int i = threadIdx.x; i < kWeightBytes / 16; i += kThreads) {
       const int quad = i % 4, piece = i / 4 % kPieces, tile = i / 4 / kPieces, from = iteration * kPieces + piece;
-      const bool valid = first_tile + tile < l.tiles && from < l.pieces;
-      const int64_t at = valid ? (static_cast<int64_t>(first_tile + tile) * l.pieces + from) * kPieceBytes + quad * 16 : 0;
-      copy_async(stage + weight_at(tile, piece, quad), l.weight + at, valid);  // where not valid, x is 0 or the row is not stored
+      const int row = tile % 2 * kTile, source = row_of(l, first_pair + tile / 2, row) / kTile;
+      const bool valid = source < l.tiles && from < l.pieces;
+      const int64_t at = valid ? (static_cast<int64_t>(source) * l.pieces + from) * kPieceBytes + quad * 16 : 0;
+      copy_async(stage + weight_at(tile, piece, quad), weight_of(l, row).codes + at, valid);  // not valid: x is 0 or the row is not stored
     }
     for (int i = threadIdx.x; i < kRowsX * 4; i += kThreads) {
       const int chunk = i % 4, row = i / 4, k = iteration * kColumns + chunk * 16;
@@ -306,22 +268,21 @@ struct Tiles {
   static ARSP_DEVICE void run(const Linear& l, unsigned char* memory) {
     const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, g = lane / 4, p = lane % 4;
     const int warp_n = warp % kWarpsN, warp_m = warp / kWarpsN;
-    const int first_tile = kWeightTiles * blockIdx.x, first_m = kRowsX * blockIdx.y;
-    const int first_n = 16 * first_tile + 32 * kPairs * warp_n;
+    const int block_pair = kWeightTiles / 2 * blockIdx.x, first_pair = block_pair + kPairs * warp_n, first_m = kRowsX * blockIdx.y;
     const int iterations = (l.pieces + kPieces - 1) / kPieces;
     int acc[kPairs][2][4][4] = {}, sums[4][4] = {};
     float total[kPairs][2][4][4] = {};
     RowGroup rows[kPairs];
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
-      if (i < iterations) fetch(l, first_tile, first_m, i, memory + i * kStageBytes);
+      if (i < iterations) fetch(l, block_pair, first_m, i, memory + i * kStageBytes);
       copy_commit();
     }
     for (int iteration = 0; iteration < iterations; ++iteration) {
       copy_wait<kStages - 2>();
       __syncthreads();
       const int next = iteration + kStages - 1;
-      if (next < iterations) fetch(l, first_tile, first_m, next, memory + next % kStages * kStageBytes);
+      if (next < iterations) fetch(l, block_pair, first_m, next, memory + next % kStages * kStageBytes);
       copy_commit();
       const unsigned char* const stage = memory + iteration % kStages * kStageBytes;
 #pragma unroll
@@ -329,7 +290,7 @@ struct Tiles {
         const int step = 2 * iteration + s;
         if (!kWhole && step % kSteps == 0) {
 #pragma unroll
-          for (int r = 0; r < kPairs; ++r) rows[r] = load_rows(l, first_n + 32 * r + 4 * g, step / kSteps);
+          for (int r = 0; r < kPairs; ++r) rows[r] = load_rows(l, first_pair + r, 4 * g, step / kSteps);
         }
         uint2 x[4];
 #pragma unroll
@@ -358,7 +319,7 @@ struct Tiles {
             for (int c = 0; c < 4; ++c) mma_s8(acc[r][j][c], a, x[c].x, x[c].y);
           }
         }
-        if (l.zeros != nullptr) {
+        if (l.weight.zeros != nullptr) {
 #pragma unroll
           for (int c = 0; c < 4; ++c) add_columns(sums[c], x[c]);
         }
@@ -367,21 +328,34 @@ struct Tiles {
     }
     if (kWhole) {
 #pragma unroll
-      for (int r = 0; r < kPairs; ++r) rows[r] = load_rows(l, first_n + 32 * r + 4 * g, 0);
+      for (int r = 0; r < kPairs; ++r) rows[r] = load_rows(l, first_pair + r, 4 * g, 0);
       add_group(rows, acc, sums, total);
     }
 #pragma unroll
     for (int r = 0; r < kPairs; ++r) {
+      const int n = row_of(l, first_pair + r, 4 * g);
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
+        const int m = first_m + 32 * warp_m + 8 * c + 2 * p;
+        float y[2][4];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int m = first_m + 32 * warp_m + 8 * c + 2 * p + h, n = first_n + 32 * r + 4 * g;
-          if (m >= l.M) continue;
-          float y[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) y[i] = n + i < l.N ? finish(l, total[r][i / 2][c][i % 2 * 2 + h], m, n + i) : 0.f;
-          store_rows(l, y, m, n);
+          for (int i = 0; i < 4; ++i)
+            y[h][i] = m + h < l.M && n + i < l.N ? finish(l, total[r][i / 2][c][i % 2 * 2 + h], m + h, n + i) : 0.f;
+        }
+        if (l.up.codes != nullptr) {  // lanes of the gate do column m, those of the other weight column m + 1
+          const bool second = g >= 4;
+          float both[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float theirs = __shfl_xor_sync(kAllLanes, second ? y[0][i] : y[1][i], 16);
+            both[i] = second ? swiglu(theirs, y[1][i]) : swiglu(y[0][i], theirs);
+          }
+          store_rows(l, both, m + second, n);
+        } else {
+          store_rows(l, y[0], m, n);
+          store_rows(l, y[1], m + 1, n);
         }
       }
     }
@@ -414,6 +388,7 @@ struct Tiles {
 
   // Four neighbouring outputs at once where they lie so.
   static ARSP_DEVICE void store_rows(const Linear& l, const float (&y)[4], int m, int n) {
+    if (m >= l.M) return;
     const int64_t at = static_cast<int64_t>(m) * l.N + n;
     if (n + 4 <= l.N && l.N % 4 == 0) {
       if (l.y_type == kFloat) {
@@ -440,7 +415,7 @@ __global__ void __launch_bounds__(kWarpsN* kWarpsM* kLanes) tiles(Linear l) {
 
 template <bool k4, bool kWhole, int kSteps, int kCols, int kPairs>
 int run_decode(const Linear& l, cudaStream_t stream) {
-  const dim3 grid((l.tiles + 2 * kPairs - 1) / (2 * kPairs));
+  const dim3 grid((pairs_of(l) + kPairs - 1) / kPairs);
   constexpr size_t shared = Decode<k4, kWhole, kSteps, kCols, kPairs>::kShared;
   return launch(decode<k4, kWhole, kSteps, kCols, kPairs>, grid, kWarps * kLanes, shared, stream, l);
 }
@@ -448,7 +423,7 @@ int run_decode(const Linear& l, cudaStream_t stream) {
 template <bool k4, bool kWhole, int kSteps, int kPairs, int kWarpsN, int kWarpsM>
 int run_tiles(const Linear& l, cudaStream_t stream) {
   using T = Tiles<k4, kWhole, kSteps, kPairs, kWarpsN, kWarpsM>;
-  const dim3 grid((l.tiles + T::kWeightTiles - 1) / T::kWeightTiles, (l.M + T::kRowsX - 1) / T::kRowsX);
+  const dim3 grid((2 * pairs_of(l) + T::kWeightTiles - 1) / T::kWeightTiles, (l.M + T::kRowsX - 1) / T::kRowsX);
   return launch(tiles<k4, kWhole, kSteps, kPairs, kWarpsN, kWarpsM>, grid, T::kThreads, T::kShared, stream, l);
 }
 
@@ -459,7 +434,7 @@ int run(const Linear& l, cudaStream_t stream) {
   if (l.M == 0 || l.N == 0) return cudaSuccess;
   constexpr int few = k4 ? kSteps : 2;  // 8-bit codes fill the registers twice as fast
   if (l.M <= 8) return run_decode<k4, kWhole, few, 1, 1>(l, stream);
-  if (l.M <= 16) return l.N >= kWideN ? run_decode<k4, kWhole, few, 2, 2>(l, stream) : run_decode<k4, kWhole, few, 2, 1>(l, stream);
+  if (l.M <= 16) return 32 * pairs_of(l) >= kWideN ? run_decode<k4, kWhole, few, 2, 2>(l, stream) : run_decode<k4, kWhole, few, 2, 1>(l, stream);
   if (l.M <= 32) return run_decode<k4, kWhole, few, 4, 1>(l, stream);
   if (l.M <= 64) return run_tiles<k4, kWhole, kSteps, 1, 2, 2>(l, stream);
   return run_tiles<k4, kWhole, kSteps, 2, 2, 4>(l, stream);
@@ -467,14 +442,10 @@ int run(const Linear& l, cudaStream_t stream) {
 
 }  // namespace
 
-// group: columns that share a scale, 32, 64 or 128; -1: all of a row.
-ARSP_EXPORT int arsp_w4a8_linear(const int8_t* x, int64_t width, const float* sx, const uint8_t* weight, int64_t tiles, int64_t pieces,
-                                 const float* scales, int64_t scale_row, int64_t scale_group, const uint8_t* zeros, int64_t zero_row,
-                                 int64_t zero_group, int group, const void* bias, int bias_type, const float* offset, const float* rowsum, void* y,
-                                 int y_type, int64_t M, int64_t N, cudaStream_t stream) {
-  Linear l{x, sx, weight, scales, zeros, bias, offset, rowsum, y, static_cast<int>(M), static_cast<int>(N), static_cast<int>(width),
-           static_cast<int>(tiles), static_cast<int>(pieces), 1, scale_row, scale_group, zero_row, zero_group, bias_type, y_type};
-  if (group > 0) l.groups = static_cast<int>(8 * pieces / group);
+namespace {
+
+int run_w4(Linear& l, int group, cudaStream_t stream) {
+  l.groups = group > 0 ? 8 * l.pieces / group : 1;
   switch (group) {
     case 32: return run<true, false, 1>(l, stream);
     case 64: return run<true, false, 2>(l, stream);
@@ -484,10 +455,59 @@ ARSP_EXPORT int arsp_w4a8_linear(const int8_t* x, int64_t width, const float* sx
   }
 }
 
+Linear product(const int8_t* x, int64_t width, const float* sx, int64_t tiles, int64_t pieces, void* y, int y_type, int64_t M, int64_t N) {
+  Linear l{};
+  l.x = x, l.width = static_cast<int>(width), l.sx = sx, l.tiles = static_cast<int>(tiles), l.pieces = static_cast<int>(pieces);
+  l.y = y, l.y_type = y_type, l.M = static_cast<int>(M), l.N = static_cast<int>(N), l.groups = 1;
+  return l;
+}
+
+void set_end(Linear& l, const void* bias, int bias_type, const float* offset, const float* rowsum, int gelu, const void* gain, int gain_type,
+             int64_t gain_stride, int64_t gain_rows, const void* residual, int residual_type) {
+  l.bias = {bias, bias_type}, l.offset = offset, l.rowsum = rowsum, l.gelu = gelu != 0;
+  l.gain = {gain, gain_type}, l.gain_stride = gain_stride, l.gain_rows = static_cast<int>(gain_rows), l.residual = {residual, residual_type};
+}
+
+}  // namespace
+
+// group: columns that share a scale, 32, 64 or 128; -1: all of a row.
+ARSP_EXPORT int arsp_w4a8_linear(const int8_t* x, int64_t width, const float* sx, const uint8_t* weight, int64_t tiles, int64_t pieces,
+                                 const float* scales, int64_t scale_row, int64_t scale_group, const uint8_t* zeros, int64_t zero_row,
+                                 int64_t zero_group, int group, const void* bias, int bias_type, const float* offset, const float* rowsum,
+                                 int gelu, const void* gain, int gain_type, int64_t gain_stride, int64_t gain_rows, const void* residual,
+                                 int residual_type, void* y, int y_type, int64_t M, int64_t N, cudaStream_t stream) {
+  Linear l = product(x, width, sx, tiles, pieces, y, y_type, M, N);
+  l.weight = {weight, scales, zeros};
+  l.scale_row = scale_row, l.scale_group = scale_group, l.zero_row = zero_row, l.zero_group = zero_group;
+  set_end(l, bias, bias_type, offset, rowsum, gelu, gain, gain_type, gain_stride, gain_rows, residual, residual_type);
+  return run_w4(l, group, stream);
+}
+
 ARSP_EXPORT int arsp_w8a8_linear(const int8_t* x, int64_t width, const float* sx, const uint8_t* weight, int64_t tiles, int64_t pieces,
-                                 const float* scale, int64_t scale_row, const void* bias, int bias_type, const float* offset, const float* rowsum,
-                                 void* y, int y_type, int64_t M, int64_t N, cudaStream_t stream) {
-  const Linear l{x, sx, weight, scale, nullptr, bias, offset, rowsum, y, static_cast<int>(M), static_cast<int>(N), static_cast<int>(width),
-                 static_cast<int>(tiles), static_cast<int>(pieces), 1, scale_row, 0, 0, 0, bias_type, y_type};
+                                 const float* scale, int64_t scale_row, const void* bias, int bias_type, const float* offset,
+                                 const float* rowsum, int gelu, const void* gain, int gain_type, int64_t gain_stride, int64_t gain_rows,
+                                 const void* residual, int residual_type, void* y, int y_type, int64_t M, int64_t N, cudaStream_t stream) {
+  Linear l = product(x, width, sx, tiles, pieces, y, y_type, M, N);
+  l.weight = {weight, scale, nullptr}, l.scale_row = scale_row;
+  set_end(l, bias, bias_type, offset, rowsum, gelu, gain, gain_type, gain_stride, gain_rows, residual, residual_type);
+  return run<false, true, 4>(l, stream);
+}
+
+// Scales and zero points of both weights have the same strides.
+ARSP_EXPORT int arsp_w4a8_swiglu(const int8_t* x, int64_t width, const float* sx, const uint8_t* gate, int64_t tiles, int64_t pieces,
+                                 const float* gate_scales, int64_t scale_row, int64_t scale_group, const uint8_t* gate_zeros, int64_t zero_row,
+                                 int64_t zero_group, const uint8_t* up, const float* up_scales, const uint8_t* up_zeros, int group, void* y,
+                                 int y_type, int64_t M, int64_t N, cudaStream_t stream) {
+  Linear l = product(x, width, sx, tiles, pieces, y, y_type, M, N);
+  l.weight = {gate, gate_scales, gate_zeros}, l.up = {up, up_scales, up_zeros};
+  l.scale_row = scale_row, l.scale_group = scale_group, l.zero_row = zero_row, l.zero_group = zero_group;
+  return run_w4(l, group, stream);
+}
+
+ARSP_EXPORT int arsp_w8a8_swiglu(const int8_t* x, int64_t width, const float* sx, const uint8_t* gate, int64_t tiles, int64_t pieces,
+                                 const float* gate_scale, int64_t scale_row, const uint8_t* up, const float* up_scale, void* y, int y_type,
+                                 int64_t M, int64_t N, cudaStream_t stream) {
+  Linear l = product(x, width, sx, tiles, pieces, y, y_type, M, N);
+  l.weight = {gate, gate_scale, nullptr}, l.up = {up, up_scale, nullptr}, l.scale_row = scale_row;
   return run<false, true, 4>(l, stream);
 }

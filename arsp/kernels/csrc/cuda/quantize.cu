@@ -64,8 +64,6 @@ ARSP_DEVICE float sum_of_squares(const Values<kPieces>& v, float less, int K) {
   return sum;
 }
 
-ARSP_DEVICE float sigmoid(float x) { return __fdiv_rn(1.f, 1.f + expf(-x)); }
-
 // ---- sources: what a row is before it is balanced and quantised
 
 struct Plain {
@@ -135,7 +133,7 @@ struct SwiGlu {
   }
 };
 
-// GELU in its tanh form, (1 + tanh u) / 2 = sigmoid(2 u), plus the shift that makes it positive.
+// GELU plus the shift that makes it positive.
 struct Gelu {
   Numbers x;
   int64_t stride;
@@ -144,10 +142,7 @@ struct Gelu {
     Plain{x, stride}.load<kPieces>(row, K, v, spare);
     each_piece<kPieces>(K, [&](int p, int, int left) {
 #pragma unroll
-      for (int i = 0; i < kPiece; ++i) {
-        const float y = v[p][i];
-        v[p][i] = i < left ? y * sigmoid(1.5957691216f * (y + 0.044715f * y * y * y)) + kGeluShift : 0.f;
-      }
+      for (int i = 0; i < kPiece; ++i) v[p][i] = i < left ? gelu(v[p][i]) + kGeluShift : 0.f;
     });
   }
 };
