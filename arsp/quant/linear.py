@@ -152,15 +152,13 @@ class QuantLinear(nn.Module):
         return F.pad(x.codes, (0, self.padding)) if self.padding else x.codes
 
     def gates(self, up: nn.Module) -> bool:
-        """Whether :meth:`swiglu` can have these two layers."""
-        if not isinstance(up, QuantLinear) or self.bias is not None or up.bias is not None:
+        """Whether :meth:`swiglu` can have these two layers. Reads nothing from their device."""
+        if not isinstance(up, QuantLinear) or self.bias is not None or up.bias is not None or self.input_format.shifted:
             return False
-        alike = all(getattr(self, name) == getattr(up, name) for name in ("bits", "group_size", "out_features", "in_features", "dtype"))
-        return alike and not self.input_format.shifted and self.input_format.equals(up.input_format)
+        return all(getattr(self, name) == getattr(up, name) for name in ("bits", "group_size", "out_features", "in_features", "dtype"))
 
-    def swiglu(self, up: QuantLinear, x: Tensor | QuantisedRows) -> Tensor:
+    def swiglu(self, up: QuantLinear, x: QuantisedRows) -> Tensor:
         """``silu(self(x)) up(x)`` of a layer that this one :meth:`gates`, rounded once."""
-        x = x if isinstance(x, QuantisedRows) else self.quantise(x)
         if self.bits == 8:
             weights = (layer_part for layer in (self, up) for layer_part in (layer.codes, layer.scales_NG[:, 0]))
             return kernels.w8a8_swiglu(x.codes, x.scales, *weights, self.dtype)
@@ -255,7 +253,7 @@ class QuantisedSwiGLU(Producer):
 
     def forward(self, gate: nn.Module, up: nn.Module, x: Tensor | QuantisedRows) -> QuantisedRows:
         smooth_K, signs_K = self.input_format.smooth_K, self.input_format.signs_K
-        if isinstance(gate, QuantLinear) and gate.codes.is_cuda and gate.gates(up):
+        if isinstance(x, QuantisedRows) and gate.codes.is_cuda and gate.gates(up):  # rows in integers are in the format of all who read them
             return QuantisedRows(*kernels.quantize_per_token(gate.swiglu(up, x), smooth_K, signs_K))
         return QuantisedRows(*kernels.swiglu_quantize(gate(x), up(x), smooth_K, signs_K))
 
