@@ -253,7 +253,7 @@ class QuantisedSwiGLU(Producer):
 
     def forward(self, gate: nn.Module, up: nn.Module, x: Tensor | QuantisedRows) -> QuantisedRows:
         smooth_K, signs_K = self.input_format.smooth_K, self.input_format.signs_K
-        if isinstance(x, QuantisedRows) and gate.codes.is_cuda and gate.gates(up):  # rows in integers are in the format of all who read them
+        if isinstance(x, QuantisedRows) and gate.codes.is_cuda and gate.gates(up):  # such rows are in the format of all readers
             return QuantisedRows(*kernels.quantize_per_token(gate.swiglu(up, x), smooth_K, signs_K))
         return QuantisedRows(*kernels.swiglu_quantize(gate(x), up(x), smooth_K, signs_K))
 
