@@ -126,7 +126,7 @@ class ClassTransformer(nn.Module):
     def conditioning(self, labels_B: Tensor, null: bool = False) -> Conditioning:
         """AdaLN vectors of the classes and, with ``null``, of as many rows of the null class behind them (computed once)."""
         if null:
-            labels_B = torch.cat((labels_B, labels_B.new_tensor([self.config.num_classes])))
+            labels_B = torch.cat((labels_B, labels_B.new_full((1,), self.config.num_classes)))
         class_RC = self.class_emb(labels_B)
         shared = self.shared_ada_lin(class_RC).unflatten(-1, (6, -1)) if self.config.shared_aln else None
         blocks = [tuple(x.unsqueeze(1) for x in block.vectors(class_RC, shared).unbind(1)) for block in self.blocks]
@@ -182,9 +182,9 @@ class VAR(ClassTransformer):
     def positions(self, first: int, last: int) -> Tensor:
         """Level plus position embedding of scales first .. last: ``(1, n, C)`` float32."""
         sides = self.config.patch_nums[first : last + 1]
-        levels = self.lvl_embed.weight[first : last + 1].float()
-        repeats = torch.tensor([pn * pn for pn in sides], device=levels.device)
-        return levels.repeat_interleave(repeats, dim=0) + self.pos_1LC[:, self.config.scale_slice(first, last)].float()
+        levels = self.lvl_embed.weight[first : last + 1].float().split(1)
+        levels_nC = torch.cat([level.expand(pn * pn, -1) for level, pn in zip(levels, sides, strict=True)])
+        return levels_nC + self.pos_1LC[:, self.config.scale_slice(first, last)].float()
 
     def backbone(
         self, h_RnC: Tensor, cond: Conditioning, ctx: AttentionContext, policy: DensePolicy | None = None, depth: int | None = None
