@@ -28,7 +28,7 @@ from arsp.bench.timing import measure, speedup
 from arsp.decode.ar import decode_blocks
 from arsp.distill.flow import keyed_noise, prepare_codebook, sample_through_map, stop_weights
 from arsp.errors import EXIT_GATE, EXIT_OK, EXIT_RESOURCE
-from arsp.kernels import reference
+from arsp.kernels import cuda, reference
 from arsp.kernels.reference import causal_mask, window_mask
 from arsp.protocols import Request
 from arsp.runs import environment, now, write_json
@@ -43,6 +43,8 @@ LAYERS = {  # (N, K) of layers whose weights are large enough to be worth a kern
 }  # fmt: skip
 LAYER_ROWS = (1, 2, 16, 64, 256, 2048)
 GROUP = 128
+GATED = "w1 and w3"  # layers of a SwiGLU, one behind the other
+MANY_ROWS = 64  # more than these can be multiplied by wgmma
 PRODUCERS = ((2, 3200), (512, 1920), (4096, 1920))  # rows, columns
 SIDES = {256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 ATTENTION = [(pixels, batch, r) for pixels in (256, 512) for batch in (8, 32) for r in (1, 2)]  # both guidance halves: twice the rows
@@ -119,13 +121,16 @@ class Bench:
 
 
 def bench_linear(bench: Bench, layers: dict[str, tuple[int, int]] = LAYERS, rows: tuple[int, ...] = LAYER_ROWS) -> Iterator[dict[str, Any]]:
-    """4- and 8-bit layers against torch's bfloat16 linear; bfloat16 out, the rows are 8-bit already."""
+    """4- and 8-bit layers against torch's bfloat16 linear; bfloat16 out, the rows are 8-bit already. Many rows also by wgmma (that line is
+    the other one again where the device has none), and layers of a SwiGLU as a gated product."""
     for name, (outputs, columns) in layers.items():
         weights = {
             bits: bench.copies(outputs * columns * bits // 8, partial(_weight, bench, outputs, columns, bits)) for bits in (4, 8, 16)
         }
         for num in rows:
             yield from _layer(bench, name, outputs, columns, num, weights)
+            if name.endswith(GATED):
+                yield from _gated(bench, name, outputs, columns, num, weights)
 
 
 def _weight(bench: Bench, outputs: int, columns: int, bits: int) -> tuple[torch.Tensor, ...]:
@@ -144,15 +149,56 @@ def _layer(
 ) -> Iterator[dict[str, Any]]:
     x = torch.randn(num, columns, device=bench.device, dtype=torch.bfloat16)
     rows = kernels.quantize_per_token(x)
-    work = {
-        4: bench.graph(lambda w: kernels.w4a8_linear(*rows, *w, GROUP, dtype=torch.bfloat16), weights[4]),
-        8: bench.graph(lambda w: kernels.w8a8_linear(*rows, *w, dtype=torch.bfloat16), weights[8]),
-        16: bench.graph(lambda w: F.linear(x, *w), weights[16]),
+    calls: dict[int, Callable[..., Any]] = {
+        4: lambda w: kernels.w4a8_linear(*rows, *w, GROUP, dtype=torch.bfloat16),
+        8: lambda w: kernels.w8a8_linear(*rows, *w, dtype=torch.bfloat16),
+        16: lambda w: F.linear(x, *w),
     }
+    work = {bits: bench.graph(call, weights[bits]) for bits, call in calls.items()}
     for bits, scales in ((4, 5 * outputs * columns // GROUP), (8, 4 * outputs)):
         moved = outputs * columns * bits // 8 + scales + num * (columns + 2 * outputs)
         taking_turns = {"kernel": work[bits], "bfloat16": work[16]}
-        yield bench.line(f"w{bits}a8_linear", f"{name}, {num} rows", moved, taking_turns, operations=2 * num * outputs * columns)
+        operations = 2 * num * outputs * columns
+        yield bench.line(f"w{bits}a8_linear", f"{name}, {num} rows", moved, taking_turns, operations=operations)
+        if num > MANY_ROWS:
+            by_wgmma = {"wgmma": bench.graph(partial(_by_wgmma, calls[bits]), weights[bits]), "mma.sync": work[bits], "bfloat16": work[16]}
+            yield bench.line(f"w{bits}a8_linear, wgmma", f"{name}, {num} rows", moved, by_wgmma, operations=operations)
+
+
+def _by_wgmma(call: Callable[..., Any], *arguments: Any) -> Any:
+    before, cuda.WGMMA = cuda.WGMMA, 1
+    try:
+        return call(*arguments)
+    finally:
+        cuda.WGMMA = before
+
+
+def _gated(
+    bench: Bench, name: str, outputs: int, columns: int, num: int, weights: dict[int, list[tuple[torch.Tensor, ...]]]
+) -> Iterator[dict[str, Any]]:
+    """Both halves of a SwiGLU to 8-bit rows of its result: the product gated inside, and gated by what quantises."""
+    x = torch.randn(num, columns, device=bench.device, dtype=torch.bfloat16)
+    rows, half = kernels.quantize_per_token(x), outputs // 2
+    sides = lambda w: [[w[0][part.start // kernels.TILE : part.stop // kernels.TILE], *(t[part] for t in w[1:])] for part in parts]  # noqa: E731
+    parts = (slice(0, half), slice(half, outputs))
+
+    def inside(w: tuple[torch.Tensor, ...]) -> Any:
+        gate, up = sides(w)
+        return kernels.quantize_per_token(kernels.w4a8_swiglu(*rows, *gate, *up, GROUP, dtype=torch.bfloat16))
+
+    def outside(w: tuple[torch.Tensor, ...]) -> Any:
+        return kernels.swiglu_quantize(*(kernels.w4a8_linear(*rows, *side, GROUP, dtype=torch.bfloat16) for side in sides(w)))
+
+    def floating(w: tuple[torch.Tensor, ...]) -> Any:
+        gate, up = F.linear(x, *w).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    work = {"inside": (inside, 4), "outside": (outside, 4), "bfloat16, not quantised": (floating, 16)}
+    if num > MANY_ROWS:
+        work = {"inside, wgmma": (partial(_by_wgmma, inside), 4), **work}
+    moved = outputs * columns // 2 + 5 * outputs * columns // GROUP + num * (columns + half)
+    graphs = {key: bench.graph(call, weights[bits]) for key, (call, bits) in work.items()}
+    yield bench.line("w4a8_swiglu", f"{name}, {num} rows", moved, graphs, operations=2 * num * outputs * columns)
 
 
 def bench_producers(bench: Bench, shapes: tuple[tuple[int, int], ...] = PRODUCERS) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -27,10 +28,10 @@ LAUNCHERS = {
     "modulate_quantize": "pilppilllfllppppp",
     "swiglu_quantize": "plplillppppp",
     "gelu_quantize": "pilllpppp",
-    "w4a8_linear": "plppllpllpllipippipillpipillp",
-    "w8a8_linear": "plppllplpippipillpipillp",
-    "w4a8_swiglu": "plppllpllpllpppipillp",
-    "w8a8_swiglu": "plppllplpppillp",
+    "w4a8_linear": "plppllpllpllipippipillpipillip",
+    "w8a8_linear": "plppllplpippipillpipillip",
+    "w4a8_swiglu": "plppllpllpllpppipillip",
+    "w8a8_swiglu": "plppllplpppillip",
     "windowed_scale_attention": "pppplllllllllppiillp",
     "cached_attention": "pppppppplllllllllllllllpllfliiiiiiip",
     "flow_map": "pppppiillipppppppp",
@@ -57,6 +58,7 @@ LIMITS = {  # op -> where its kernel is used
     "keyed_argmax": "always",
     "verify": "always",
 }
+WGMMA = int(os.environ.get("ARSP_WGMMA") == "1")  # products of more than 64 rows on sm_90a; not measured yet, so it has to be chosen
 ALIGNMENT = 16
 WIDTHS = (8, 16, 32)  # of the vectors of flow_map; others are filled up with zeros
 MAX_WIDTH = WIDTHS[-1]
@@ -161,7 +163,8 @@ class CudaOps:
         codes, y = _codes(xq), empty((*xq.shape[:-1], len(scale_N)), dtype, xq)
         scales = (scale_N, scale_N.stride(0))
         end = _epilogue(bias_N, offset, rowsum_N, gelu, gain, residual, y)
-        self._call("w8a8_linear", xq, codes, codes.shape[1], sx.contiguous(), *_weight(weight), *scales, *end, len(codes), len(scale_N))
+        sizes = (len(codes), len(scale_N), WGMMA)
+        self._call("w8a8_linear", xq, codes, codes.shape[1], sx.contiguous(), *_weight(weight), *scales, *end, *sizes)
         return y
 
     def w4a8_linear(
@@ -173,7 +176,8 @@ class CudaOps:
         codes, y = _codes(xq), empty((*xq.shape[:-1], num), dtype, xq)
         scales = (scales_NG, *scales_NG.stride(), zeros_NG, *zeros_NG.stride(), group)
         end = _epilogue(bias_N, offset, rowsum_N, gelu, gain, residual, y)
-        self._call("w4a8_linear", xq, codes, codes.shape[1], sx.contiguous(), *_weight(weight), *scales, *end, len(codes), num)
+        sizes = (len(codes), num, WGMMA)
+        self._call("w4a8_linear", xq, codes, codes.shape[1], sx.contiguous(), *_weight(weight), *scales, *end, *sizes)
         return y
 
     def w8a8_swiglu(
@@ -182,7 +186,8 @@ class CudaOps:
         codes, y = _codes(xq), empty((*xq.shape[:-1], len(gate_scale_N)), dtype, xq)
         gate_scale_N, up_scale_N = gate_scale_N.contiguous(), up_scale_N.contiguous()
         weights = (*_weight(gate), gate_scale_N, 1, up.contiguous(), up_scale_N)
-        self._call("w8a8_swiglu", xq, codes, codes.shape[1], sx.contiguous(), *weights, y, _TYPES[dtype], len(codes), y.shape[-1])
+        sizes = (len(codes), y.shape[-1], WGMMA)
+        self._call("w8a8_swiglu", xq, codes, codes.shape[1], sx.contiguous(), *weights, y, _TYPES[dtype], *sizes)
         return y
 
     def w4a8_swiglu(
@@ -195,7 +200,8 @@ class CudaOps:
         gate_zeros_NG, up_zeros_NG = _one_layout(gate_zeros_NG, up_zeros_NG)
         scales = (gate_scales_NG, *gate_scales_NG.stride(), gate_zeros_NG, *gate_zeros_NG.stride())
         weights = (*_weight(gate), *scales, up.contiguous(), up_scales_NG, up_zeros_NG, group)
-        self._call("w4a8_swiglu", xq, codes, codes.shape[1], sx.contiguous(), *weights, y, _TYPES[dtype], len(codes), y.shape[-1])
+        sizes = (len(codes), y.shape[-1], WGMMA)
+        self._call("w4a8_swiglu", xq, codes, codes.shape[1], sx.contiguous(), *weights, y, _TYPES[dtype], *sizes)
         return y
 
     # ---- draws

@@ -26,6 +26,9 @@ def check(lines, num):
 
 
 def test_layers_count_weights_scales_zero_points_and_rows(bench):
+    lines = check(gpu_kernels.bench_linear(bench, {"toy w1 and w3": (64, 256)}, (1, 65)), 8)
+    assert lines["w4a8_swiglu", "toy w1 and w3, 1 rows"]["bytes"] == 64 * 128 + 64 * 2 * 5 + 256 + 32
+    assert set(lines["w8a8_linear, wgmma", "toy w1 and w3, 65 rows"]["others_us"]) == {"mma.sync", "bfloat16"}
     lines = check(gpu_kernels.bench_linear(bench, {"toy": (48, 256)}, (1, 3)), 4)
     assert lines["w4a8_linear", "toy, 3 rows"]["bytes"] == 48 * 128 + 48 * 2 * 5 + 3 * (256 + 96)
     assert lines["w8a8_linear", "toy, 1 rows"]["bytes"] == 48 * 256 + 48 * 4 + 256 + 96

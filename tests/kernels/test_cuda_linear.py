@@ -6,7 +6,7 @@ import torch
 from cuda_emulation import TARGETS
 
 from arsp.errors import ConfigError
-from arsp.kernels import layouts, reference
+from arsp.kernels import cuda, layouts, reference
 
 ROWS = (1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 129)  # both sides of every kernel's range
 DTYPES = (torch.float32, torch.bfloat16)
@@ -132,6 +132,54 @@ def test_weights_of_a_gated_product_may_lie_differently(target):
     same(target("w4a8_swiglu", xq, sx, *gate, up, *by_column, torch.float32), together, "scales of one weight kept by columns")
 
 
+def on_hopper(monkeypatch):
+    """Many rows take wgmma where the device has it."""
+    monkeypatch.setattr(cuda, "WGMMA", 1)
+
+
+@TARGETS
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+def test_many_rows_by_wgmma_equal_the_reference_to_the_bit(target, group, monkeypatch):
+    on_hopper(monkeypatch)
+    for rows, columns, outputs in ((65, 128, 17), (130, 640 if group > 0 else 136, 150)):
+        arguments = (*draw_w4(rows, columns, outputs, group, rows), *ending(rows, outputs))
+        same(target("w4a8_linear", *arguments), reference.w4a8_linear(*arguments), f"M={rows} N={outputs} K={columns} g={group}")
+    xq, sx, *layer = draw_w4(75, 256, 33, group)
+    arguments = (xq.view(3, 25, -1), sx.view(3, 25), *layer, None, torch.bfloat16, None, None, False, *draw_end(3, 25, 33))
+    same(target("w4a8_linear", *arguments), reference.w4a8_linear(*arguments), "gain and residual, an odd number of outputs")
+
+
+@TARGETS
+def test_many_rows_of_8_bit_layers_by_wgmma(target, monkeypatch):
+    on_hopper(monkeypatch)
+    for rows, columns, outputs in ((65, 97, 17), (130, 256, 150), (80, 900, 34)):
+        arguments = (*draw_w8(rows, columns, outputs, rows), *ending(rows, outputs))
+        same(target("w8a8_linear", *arguments), reference.w8a8_linear(*arguments), f"M={rows} N={outputs} K={columns}")
+
+
+@TARGETS
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (4, 128), (4, -1), (8, -1)])
+def test_many_rows_of_gated_products_by_wgmma(target, bits, group, monkeypatch):
+    on_hopper(monkeypatch)
+    plain = reference.w4a8_swiglu if bits == 4 else reference.w8a8_swiglu
+    for rows, outputs in ((65, 17), (130, 80)):
+        (xq, sx, *gate), (_, _, *up) = (draw_layer(bits, rows, 256, outputs, group, seed) for seed in (rows, 1000))
+        arguments = (xq, sx / 2000, *gate, *up, torch.float32)
+        found = target(f"w{bits}a8_swiglu", *arguments)
+        torch.testing.assert_close(found, plain(*arguments), rtol=2e-6, atol=1e-6, msg=f"M={rows} N={outputs}")
+
+
+@TARGETS
+def test_largest_sums_and_zero_points_by_wgmma(target, monkeypatch):
+    on_hopper(monkeypatch)
+    xq, sx, weight, scales, zeros = draw_w4(65, 4096, 17, -1)
+    xq.fill_(-128)
+    for code, zero in ((255, 0), (0, 15), (0, 128), (255, 128)):
+        weight.fill_(code), zeros.fill_(zero)
+        arguments = (xq, sx, weight, scales, zeros, None, torch.float32)
+        same(target("w4a8_linear", *arguments), reference.w4a8_linear(*arguments), f"codes {code % 16}, zero point {zero}")
+
+
 @TARGETS
 def test_wide_layers_take_their_own_path(target):
     arguments = draw_w4(16, 256, 8200, 128)
@@ -194,3 +242,14 @@ def test_groups_that_are_not_offered_are_refused():
     arguments[3:] = arguments[3][:, :2].contiguous(), arguments[4][:, :2].contiguous()
     with pytest.raises(ConfigError, match="groups of 48"):
         emulated_ops().w4a8_linear(*arguments, None, torch.float32)
+
+
+@pytest.mark.gpu
+def test_opcheck_accepts_layers_with_all_that_may_follow_and_gated_products():
+    cuda.load_library()
+    xq, sx, *layer = draw_w4(6, 128, 34, 64)
+    end = (None, torch.bfloat16, None, None, True, *draw_end(2, 3, 34))
+    linear = (xq.view(2, 3, -1), sx.view(2, 3), *layer, *end)
+    for name, arguments in (("w4a8_linear", linear), ("w4a8_swiglu", (xq, sx, *layer, *layer, torch.bfloat16))):
+        moved = tuple(value.cuda() if isinstance(value, torch.Tensor) else value for value in arguments)
+        torch.library.opcheck(getattr(torch.ops.arsp, name).default, moved)

@@ -5,17 +5,19 @@ import torch
 from cuda_emulation import Target
 
 from arsp.kernels import cuda, ops
+from arsp.quant.linear import QuantisedSwiGLU
 from arsp.stack import StackConfig, build
 
 STACKS = [  # share of equal codes, and ops that must be reached; a code of 8 bits that rounds the other way can change a later draw
-    ({"model": "llamagen", "apply": "w4a8"}, 1.0, {"verify", "w4a8_linear", "rms_norm_quantize", "swiglu_quantize"}),
+    ({"model": "llamagen", "apply": "w4a8"}, 1.0, {"verify", "w4a8_linear", "w4a8_swiglu", "rms_norm_quantize", "quantize_per_token"}),
     ({"model": "llamagen", "sampler": "seeded"}, 1.0, {"verify", "keyed_argmax"}),
-    ({"model": "var", "apply": "w4a8"}, 0.95, {"verify", "w4a8_linear", "w8a8_linear", "modulate_quantize", "quantize_per_token"}),
+    ({"model": "var", "apply": "w4a8"}, 0.8, {"verify", "w4a8_linear", "w8a8_linear", "modulate_quantize", "quantize_per_token"}),
 ]
 
 
 @pytest.mark.parametrize(("options", "share", "reached"), STACKS, ids=[" ".join(map(str, stack[0].values())) for stack in STACKS])
 def test_images_of_an_embedded_model_are_those_of_the_cpu_kernels(options, share, reached, monkeypatch):
+    monkeypatch.setattr(QuantisedSwiGLU, "gated", ("cuda", "cpu"))
     stack = build(StackConfig(**options))
     request = stack.request(torch.arange(2), 7, torch.arange(2))
     wanted = stack.generator.generate(request).codes_BL

@@ -56,6 +56,14 @@ struct Copy {
   unsigned char bytes[16];
 };
 
+// A product of wgmma that is not waited for yet.
+struct Product {
+  int* sums;                 // of this thread, not to be read
+  int alone[64], value[64];  // the product, and what the sums will be
+  uint64_t b;
+  uint32_t a[4];
+};
+
 struct Fiber {
   ucontext_t start;
   jmp_buf at;
@@ -63,6 +71,9 @@ struct Fiber {
   const uint64_t* waits_for = nullptr;
   uint64_t waits_while = 0;
   std::vector<std::vector<Copy>> groups;  // of cp.async, committed ones first, the open one last
+  std::vector<Product> products;          // of wgmma, in their order
+  size_t committed = 0, issued = 0;       // products
+  bool registers_fenced = false, copies_fenced = true;
 };
 
 struct Warp {
@@ -81,6 +92,7 @@ struct Device {
   int current = 0, threads = 0, order = 0, arrived = 0;
   uint64_t barrier = 0;
   std::string error;
+  std::vector<std::vector<uint64_t>> operands = std::vector<std::vector<uint64_t>>(kMaxThreads / 128);  // of wgmma, by warpgroup
 };
 
 inline Device device;
@@ -133,7 +145,11 @@ inline bool run_block() {
     device.fibers[t].done = false;
     device.fibers[t].waits_for = nullptr;
     device.fibers[t].groups.assign(1, {});
+    device.fibers[t].products.clear();
+    device.fibers[t].committed = device.fibers[t].issued = 0;
+    device.fibers[t].registers_fenced = false, device.fibers[t].copies_fenced = true;
   }
+  for (auto& operands : device.operands) operands.clear();
   const int warps = device.threads / 32;
   for (int left = device.threads; left > 0;) {
     bool moved = false;
@@ -307,9 +323,115 @@ template <int kPending>
 void copy_wait() {
   auto& groups = emulate::device.fibers[emulate::device.current].groups;
   while (groups.size() > kPending + 1) {
-    for (const emulate::Copy& copy : groups.front()) std::memcpy(copy.to, copy.bytes, 16);
+    for (const emulate::Copy& copy : groups.front()) {
+      std::memcpy(copy.to, copy.bytes, 16);
+      emulate::device.fibers[emulate::device.current].copies_fenced = false;
+    }
     groups.erase(groups.begin());
   }
+}
+
+// wgmma as the PTX ISA describes it. A product is computed when it is asked for and again when it is waited for: shared memory that
+// changes in between is an error. Until then the sums hold nonsense.
+#define ARSP_WGMMA
+namespace emulate {
+
+constexpr uint32_t kSharedStart = 4096 + 16;  // of dynamic shared memory, in shared addresses
+
+// Byte k of column n of an operand in shared memory whose rows of k are contiguous ("K-major"), of a matrix of k 0 .. 31.
+inline int8_t operand_byte(uint64_t descriptor, int n, int k) {
+  const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  const int mode = descriptor >> 62;
+  uint32_t at;
+  if (mode == 0) {  // no swizzle: blocks of 8 columns x 16 bytes
+    at = start + n / 8 * stride + k / 16 * leading + n % 8 * 16 + k % 16;
+  } else if (mode == 1) {  // 128-byte swizzle: bits 4 .. 6 of an address are changed by bits 7 .. 9
+    if ((start >> 7 & 7) != (descriptor >> 49 & 7)) fail("an operand with 128-byte swizzle does not begin at a multiple of 1024 bytes");
+    at = start + n / 8 * stride + n % 8 * 128 + k;
+    at ^= (at >> 7 & 7) << 4;
+  } else {
+    fail("this swizzle is not emulated");
+  }
+  if (at < kSharedStart || at >= kSharedStart + kMaxShared) fail("an operand of wgmma lies outside of shared memory");
+  return static_cast<int8_t>(device.shared[at - kSharedStart]);
+}
+
+struct Operands { uint32_t a[4]; uint64_t b; };
+struct Sums { int value[16]; };
+
+}  // namespace emulate
+
+inline uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(p) - emulate::device.shared.data()) + emulate::kSharedStart;
+}
+inline bool has_wgmma() { return true; }
+
+namespace emulate {
+
+// One product, 16 of the 64 sums of a thread at a time. A warp has 16 rows of a and of the sums and needs no other.
+inline void multiply(const uint32_t (&a)[4], uint64_t b, int (&sums)[64]) {
+  for (int part = 0; part < 4; ++part) {
+    const Sums out = together<Sums>(0xffffffffu, Operands{{a[0], a[1], a[2], a[3]}, b}, [&](const Operands* in, Sums* out) {
+      int8_t A[16][32], B[32][32];
+      for (int lane = 0; lane < 32; ++lane) {
+        if (in[lane].b != b) fail("lanes of a warp give wgmma different operands");
+        for (int i = 0; i < 16; ++i)  // a_i of the description
+          A[lane / 4 + (i / 4 % 2 == 0 ? 0 : 8)][lane % 4 * 4 + i % 4 + (i < 8 ? 0 : 16)] = static_cast<int8_t>(in[lane].a[i / 4] >> i % 4 * 8);
+      }
+      for (int n = 0; n < 32; ++n)
+        for (int k = 0; k < 32; ++k) B[n][k] = operand_byte(b, 32 * part + n, k);
+      for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 16; ++i) {  // d_(16 part + i) of the description
+          const int row = lane / 4 + (i / 2 % 2 == 0 ? 0 : 8), column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+          out[lane].value[i] = 0;
+          for (int k = 0; k < 32; ++k) out[lane].value[i] += A[row][k] * B[column][k];
+        }
+    });
+    std::copy(out.value, out.value + 16, sums + 16 * part);
+  }
+}
+
+}  // namespace emulate
+
+inline void wgmma_fence() { emulate::device.fibers[emulate::device.current].registers_fenced = true; }
+inline void fence_async() { emulate::device.fibers[emulate::device.current].copies_fenced = true; }
+inline void wgmma_s8(int (&c)[64], const uint32_t (&a)[4], uint64_t b, int add) {
+  emulate::Device& d = emulate::device;
+  emulate::Fiber& fiber = d.fibers[d.current];
+  if (!fiber.registers_fenced) emulate::fail("wgmma without a fence of its registers");
+  fiber.registers_fenced = false;
+  for (int t = 0; t < d.threads; ++t)
+    if (!d.fibers[t].copies_fenced) emulate::fail("wgmma reads what a thread has written without a fence");
+  std::vector<uint64_t>& operands = d.operands[d.current / 128];
+  if (operands.size() == fiber.issued) operands.push_back(b);
+  if (operands[fiber.issued++] != b) emulate::fail("warps of a warpgroup give wgmma different operands");
+  emulate::Product product{c, {}, {}, b, {a[0], a[1], a[2], a[3]}};
+  int before[64];
+  std::copy(c, c + 64, before);
+  for (const emulate::Product& earlier : fiber.products)
+    if (earlier.sums == c) std::copy(earlier.value, earlier.value + 64, before);
+  emulate::multiply(a, b, product.alone);
+  for (int i = 0; i < 64; ++i) {
+    product.value[i] = product.alone[i] + (add ? before[i] : 0);
+    c[i] = 0x7eadbeef;
+  }
+  d.fibers[d.current].products.push_back(product);
+}
+inline void wgmma_commit() {
+  emulate::Fiber& fiber = emulate::device.fibers[emulate::device.current];
+  fiber.committed = fiber.products.size();
+}
+inline void wgmma_wait(int (&)[64]) {
+  emulate::Fiber& fiber = emulate::device.fibers[emulate::device.current];
+  for (size_t i = 0; i < fiber.committed; ++i) {
+    const emulate::Product& product = fiber.products[i];
+    int again[64];
+    emulate::multiply(product.a, product.b, again);
+    if (!std::equal(again, again + 64, product.alone)) emulate::fail("shared memory changed while wgmma read it");
+    std::copy(product.value, product.value + 64, product.sums);
+  }
+  fiber.products.erase(fiber.products.begin(), fiber.products.begin() + fiber.committed);
+  fiber.committed = 0;
 }
 
 inline uint32_t __float_as_uint(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }

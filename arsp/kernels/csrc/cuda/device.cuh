@@ -54,6 +54,54 @@ ARSP_DEVICE uint32_t pack_bf16(float low, float high) {
   return packed;
 }
 
+// ---- wgmma: 4 warps multiply together and go on while the tensor cores work. To be used under ARSP_WGMMA alone.
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define ARSP_WGMMA
+#endif
+
+#define ARSP_SUMS \
+  "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]), "+r"(c[4]), "+r"(c[5]), "+r"(c[6]), "+r"(c[7]), \
+  "+r"(c[8]), "+r"(c[9]), "+r"(c[10]), "+r"(c[11]), "+r"(c[12]), "+r"(c[13]), "+r"(c[14]), "+r"(c[15]), \
+  "+r"(c[16]), "+r"(c[17]), "+r"(c[18]), "+r"(c[19]), "+r"(c[20]), "+r"(c[21]), "+r"(c[22]), "+r"(c[23]), \
+  "+r"(c[24]), "+r"(c[25]), "+r"(c[26]), "+r"(c[27]), "+r"(c[28]), "+r"(c[29]), "+r"(c[30]), "+r"(c[31]), \
+  "+r"(c[32]), "+r"(c[33]), "+r"(c[34]), "+r"(c[35]), "+r"(c[36]), "+r"(c[37]), "+r"(c[38]), "+r"(c[39]), \
+  "+r"(c[40]), "+r"(c[41]), "+r"(c[42]), "+r"(c[43]), "+r"(c[44]), "+r"(c[45]), "+r"(c[46]), "+r"(c[47]), \
+  "+r"(c[48]), "+r"(c[49]), "+r"(c[50]), "+r"(c[51]), "+r"(c[52]), "+r"(c[53]), "+r"(c[54]), "+r"(c[55]), \
+  "+r"(c[56]), "+r"(c[57]), "+r"(c[58]), "+r"(c[59]), "+r"(c[60]), "+r"(c[61]), "+r"(c[62]), "+r"(c[63])
+
+// c (64 x 128) += a (64 x 32) b (32 x 128) of signed bytes, c = a b where `add` is 0. Warp w has rows 16 w .. of a in registers, as mma_s8
+// has them, and of c: c[4 j ..] is what mma_s8 has of columns 8 j .. . b lies in shared memory column by column (`columns_at`).
+ARSP_DEVICE void wgmma_s8(int (&c)[64], const uint32_t (&a)[4], uint64_t b, int add) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, {%64, %65, %66, %67}, %68, p;\n"
+      "}"
+      : ARSP_SUMS
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+ARSP_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }  // before every product: registers are ready
+ARSP_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+ARSP_DEVICE void wgmma_wait(int (&c)[64]) { asm volatile("wgmma.wait_group.sync.aligned 0;" : ARSP_SUMS : : "memory"); }  // c is there
+#undef ARSP_SUMS
+// What this thread wrote to shared memory may be read by wgmma, behind a barrier.
+ARSP_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+ARSP_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+inline bool has_wgmma() {
+  int device = 0, major = 0, minor = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+  return known && major == 9 && minor == 0;
+}
+
 inline const char* error_string(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
 template <typename... P, typename... A>
@@ -67,6 +115,14 @@ int launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStre
   return cudaGetLastError();
 }
 #endif
+
+// The operand b of wgmma: columns of 128 bytes of which it reads 32, eight columns to 1024 bytes, 16-byte word i of column j at word i ^ j % 8
+// (the 128-byte swizzle). `at` is a shared address, a multiple of 1024 plus the first byte of k. Bits 0 .. 13 are the address, 32 .. 45 the
+// distance of eight columns, both over 16; bits 62 and 63 the swizzle; the distance in bits 16 .. 29 is not used with it.
+ARSP_DEVICE uint64_t columns_at(uint32_t at) {
+  return static_cast<uint64_t>((at & 0x3ffff) >> 4) | static_cast<uint64_t>(1) << 16 | static_cast<uint64_t>(1024 >> 4) << 32 |
+         static_cast<uint64_t>(1) << 62;
+}
 
 #define ARSP_EXPORT extern "C" __attribute__((visibility("default")))
 

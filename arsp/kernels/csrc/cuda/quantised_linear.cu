@@ -53,7 +53,8 @@ ARSP_DEVICE void add_columns(int (&sums)[4], uint2 x) {
 // whole numbers until the end.
 template <bool k4, bool kWhole, int kSteps, int kCols, int kPairs>
 struct Decode {
-  static constexpr int kAhead = kCols * kPairs >= 4 ? 1 : kSteps * (k4 ? 1 : 2) >= 4 ? 2 : 4;  // what registers allow
+  // what registers allow
+  static constexpr int kAhead = kCols * kPairs >= 4 ? 1 : kSteps * (k4 ? 1 : 2) >= 4 ? 2 : kSteps + kCols > 2 ? 3 : 4;
   static constexpr int kRows = 32 * kPairs, kPitch = kRows + 4;  // of a column of results in shared memory; + 4: banks
   static constexpr int kSlot = 8 * kCols * kPitch;               // results of a warp
   static constexpr size_t kShared = (kWhole ? 1 : 2) * kWarps * kSlot * sizeof(float);
@@ -430,8 +431,11 @@ int run_tiles(const Linear& l, cudaStream_t stream) {
 constexpr int kWideN = 8192;  // from here on 64 rows of weights a block still give more blocks than there are multiprocessors
 
 template <bool k4, bool kWhole, int kSteps>
-int run(const Linear& l, cudaStream_t stream) {
+int run(const Linear& l, int wgmma, cudaStream_t stream) {
   if (l.M == 0 || l.N == 0) return cudaSuccess;
+  if (wgmma && l.M > 64 && has_wgmma()) {
+    return run_wgmma(l, !k4 ? kRows8 : kWhole ? kRows4 : kSteps == 1 ? kGroups32 : kSteps == 2 ? kGroups64 : kGroups128, stream);
+  }
   constexpr int few = k4 ? kSteps : 2;  // 8-bit codes fill the registers twice as fast
   if (l.M <= 8) return run_decode<k4, kWhole, few, 1, 1>(l, stream);
   if (l.M <= 16) return 32 * pairs_of(l) >= kWideN ? run_decode<k4, kWhole, few, 2, 2>(l, stream) : run_decode<k4, kWhole, few, 2, 1>(l, stream);
@@ -444,13 +448,13 @@ int run(const Linear& l, cudaStream_t stream) {
 
 namespace {
 
-int run_w4(Linear& l, int group, cudaStream_t stream) {
+int run_w4(Linear& l, int group, int wgmma, cudaStream_t stream) {
   l.groups = group > 0 ? 8 * l.pieces / group : 1;
   switch (group) {
-    case 32: return run<true, false, 1>(l, stream);
-    case 64: return run<true, false, 2>(l, stream);
-    case 128: return run<true, false, 4>(l, stream);
-    case -1: return run<true, true, 4>(l, stream);
+    case 32: return run<true, false, 1>(l, wgmma, stream);
+    case 64: return run<true, false, 2>(l, wgmma, stream);
+    case 128: return run<true, false, 4>(l, wgmma, stream);
+    case -1: return run<true, true, 4>(l, wgmma, stream);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -470,44 +474,44 @@ void set_end(Linear& l, const void* bias, int bias_type, const float* offset, co
 
 }  // namespace
 
-// group: columns that share a scale, 32, 64 or 128; -1: all of a row.
+// group: columns that share a scale, 32, 64 or 128; -1: all of a row. wgmma: not 0 to use it where the device has it.
 ARSP_EXPORT int arsp_w4a8_linear(const int8_t* x, int64_t width, const float* sx, const uint8_t* weight, int64_t tiles, int64_t pieces,
                                  const float* scales, int64_t scale_row, int64_t scale_group, const uint8_t* zeros, int64_t zero_row,
                                  int64_t zero_group, int group, const void* bias, int bias_type, const float* offset, const float* rowsum,
                                  int gelu, const void* gain, int gain_type, int64_t gain_stride, int64_t gain_rows, const void* residual,
-                                 int residual_type, void* y, int y_type, int64_t M, int64_t N, cudaStream_t stream) {
+                                 int residual_type, void* y, int y_type, int64_t M, int64_t N, int wgmma, cudaStream_t stream) {
   Linear l = product(x, width, sx, tiles, pieces, y, y_type, M, N);
   l.weight = {weight, scales, zeros};
   l.scale_row = scale_row, l.scale_group = scale_group, l.zero_row = zero_row, l.zero_group = zero_group;
   set_end(l, bias, bias_type, offset, rowsum, gelu, gain, gain_type, gain_stride, gain_rows, residual, residual_type);
-  return run_w4(l, group, stream);
+  return run_w4(l, group, wgmma, stream);
 }
 
 ARSP_EXPORT int arsp_w8a8_linear(const int8_t* x, int64_t width, const float* sx, const uint8_t* weight, int64_t tiles, int64_t pieces,
                                  const float* scale, int64_t scale_row, const void* bias, int bias_type, const float* offset,
                                  const float* rowsum, int gelu, const void* gain, int gain_type, int64_t gain_stride, int64_t gain_rows,
-                                 const void* residual, int residual_type, void* y, int y_type, int64_t M, int64_t N, cudaStream_t stream) {
+                                 const void* residual, int residual_type, void* y, int y_type, int64_t M, int64_t N, int wgmma, cudaStream_t stream) {
   Linear l = product(x, width, sx, tiles, pieces, y, y_type, M, N);
   l.weight = {weight, scale, nullptr}, l.scale_row = scale_row;
   set_end(l, bias, bias_type, offset, rowsum, gelu, gain, gain_type, gain_stride, gain_rows, residual, residual_type);
-  return run<false, true, 4>(l, stream);
+  return run<false, true, 4>(l, wgmma, stream);
 }
 
 // Scales and zero points of both weights have the same strides.
 ARSP_EXPORT int arsp_w4a8_swiglu(const int8_t* x, int64_t width, const float* sx, const uint8_t* gate, int64_t tiles, int64_t pieces,
                                  const float* gate_scales, int64_t scale_row, int64_t scale_group, const uint8_t* gate_zeros, int64_t zero_row,
                                  int64_t zero_group, const uint8_t* up, const float* up_scales, const uint8_t* up_zeros, int group, void* y,
-                                 int y_type, int64_t M, int64_t N, cudaStream_t stream) {
+                                 int y_type, int64_t M, int64_t N, int wgmma, cudaStream_t stream) {
   Linear l = product(x, width, sx, tiles, pieces, y, y_type, M, N);
   l.weight = {gate, gate_scales, gate_zeros}, l.up = {up, up_scales, up_zeros};
   l.scale_row = scale_row, l.scale_group = scale_group, l.zero_row = zero_row, l.zero_group = zero_group;
-  return run_w4(l, group, stream);
+  return run_w4(l, group, wgmma, stream);
 }
 
 ARSP_EXPORT int arsp_w8a8_swiglu(const int8_t* x, int64_t width, const float* sx, const uint8_t* gate, int64_t tiles, int64_t pieces,
                                  const float* gate_scale, int64_t scale_row, const uint8_t* up, const float* up_scale, void* y, int y_type,
-                                 int64_t M, int64_t N, cudaStream_t stream) {
+                                 int64_t M, int64_t N, int wgmma, cudaStream_t stream) {
   Linear l = product(x, width, sx, tiles, pieces, y, y_type, M, N);
   l.weight = {gate, gate_scale, nullptr}, l.up = {up, up_scale, nullptr}, l.scale_row = scale_row;
-  return run<false, true, 4>(l, stream);
+  return run<false, true, 4>(l, wgmma, stream);
 }

@@ -27,6 +27,10 @@ struct Linear {
   bool gelu;
 };
 
+enum Format : int { kGroups32, kGroups64, kGroups128, kRows4, kRows8 };  // of a weight: 4 bits in groups, 4 and 8 bits with one group a row
+
+int run_wgmma(const Linear& l, Format format, cudaStream_t stream);  // many rows of x, where has_wgmma()
+
 // Tiles are taken in pairs, two of a weight or the same of both: 32 rows, of which this is where row `row` of pair `pair` is.
 ARSP_DEVICE int row_of(const Linear& l, int pair, int row) { return l.up.codes == nullptr ? 32 * pair + row : kTile * pair + row % kTile; }
 ARSP_DEVICE Weight weight_of(const Linear& l, int row) { return l.up.codes == nullptr || row < kTile ? l.weight : l.up; }
