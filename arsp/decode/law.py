@@ -48,8 +48,8 @@ class Law:
         return self._each(lambda x: x[rows_r.unsqueeze(-1), index_rn])
 
     def behind_first(self) -> Law:
-        """The laws without those of the first position, in memory of their own."""
-        return self._each(lambda x: x[:, 1:].clone())
+        """The laws without those of the first position, in memory of their own; halves of guidance are combined, which takes no more."""
+        return self._each(lambda x: x[:, 1:].float() if isinstance(x, Guided) else x[:, 1:].clone())
 
     def clone(self) -> Law:
         """The same in memory of its own."""
@@ -70,8 +70,9 @@ class Law:
     def stack(parts: list[Law]) -> Law:
         """Laws of consecutive positions as one."""
         join = lambda name: torch.cat([getattr(part, name) for part in parts], dim=1)  # noqa: E731
-        apart = isinstance(parts[0].logits_BmV, Guided)
-        logits_BmV = Guided.cat([part.logits_BmV for part in parts]) if apart else join("logits_BmV")
+        logits = [part.logits_BmV for part in parts]
+        apart = all(isinstance(some, Guided) for some in logits)  # not where guidance ends inside the window
+        logits_BmV = Guided.cat(logits) if apart else torch.cat([some.float() for some in logits], dim=1)
         return Law(logits_BmV, join("lse_Bm"), join("threshold_Bm"), join("last_Bm"), parts[0].temperature)
 
     @staticmethod
