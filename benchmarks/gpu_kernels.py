@@ -302,23 +302,38 @@ def _decode_attention(bench: Bench, model: str, batch: int, slots: int, queries:
 
 
 def bench_verify(bench: Bench, batches: tuple[int, ...] = BATCHES, codes: int = CODES) -> Iterator[dict[str, Any]]:
-    """A window of 16 positions and one more of every row of a batch, against the reference in torch."""
+    """A window of 16 positions and one more of every row of a batch, against the reference in torch; the same from the two bfloat16 halves
+    of guidance; and a draw from the residual for one of these positions a row, and for all of them."""
     for batch in batches:
         yield from _verify(bench, batch, codes)
 
 
 def _verify(bench: Bench, batch: int, codes: int) -> Iterator[dict[str, Any]]:
-    rows = batch * (WINDOW + 1)
-    ids, case = torch.arange(rows, device=bench.device), f"{batch} x {WINDOW + 1} rows of {codes}"
-    drafts = ids % codes
-    data = bench.copies(4 * rows * codes, lambda: 2 * torch.randn(rows, codes, device=bench.device))
+    rows, on = batch * (WINDOW + 1), {"device": bench.device}
+    ids, case = torch.arange(rows, **on), f"{batch} x {WINDOW + 1} rows of {codes}"
+    drafts, size = ids % codes, 4 * rows * codes
+    data = bench.copies(size, lambda: 2 * torch.randn(rows, codes, **on))
+    halves = bench.copies(size, lambda: 2 * torch.randn(2, rows, codes, dtype=torch.bfloat16, **on))
     for name, law in LAWS.items():
         call = lambda module, x, law=law: module.verify(x, drafts, *law, 0, ids, ids, 0)  # noqa: E731
         work = {"kernel": bench.graph(partial(call, kernels), data)}
         work["torch, no graph"] = bench.graph(partial(call, reference), data, captured=False)  # it copies numbers to the device
-        yield bench.line("verify", f"{case}, {name}", 4 * rows * codes + 52 * rows, work)
+        yield bench.line("verify", f"{case}, {name}", size + 52 * rows, work)
+        guided = lambda x, law=law: kernels.verify(x[0], drafts, *law, 0, ids, ids, 0, 0, x[1], 1.5)  # noqa: E731
+        yield bench.line("verify", f"{case}, guided bfloat16, {name}", size + 52 * rows, {"kernel": bench.graph(guided, halves)})
     draw = bench.graph(lambda x: kernels.keyed_argmax(x, 0, ids, ids, 0), data)
-    yield bench.line("keyed_argmax", case, 4 * rows * codes + 24 * rows, {"kernel": draw})
+    yield bench.line("keyed_argmax", case, size + 24 * rows, {"kernel": draw})
+    laws = [[x, None, None, *kernels.verify(x, drafts, 1.0, 0, 1.0, 0, ids, ids, 0)[2:]] for x in data]
+    pairs = list(zip(laws, laws[1:] + laws[:1], strict=True))
+    for name, at in (("one position of each", torch.where(ids % (WINDOW + 1) == 0, ids, -1)), ("every position", ids)):
+        residual = partial(_residual, at, ids)
+        wanted = int((at >= 0).sum())
+        yield bench.line("draw_residual", f"{case}, {name}", 8 * wanted * codes, {"kernel": bench.graph(residual, pairs)})
+
+
+def _residual(at: torch.Tensor, ids: torch.Tensor, laws: tuple[list[Any], list[Any]]) -> torch.Tensor:
+    how = [1.0, 0.0, 1.0]
+    return kernels.draw_residual(laws[0], how, at, laws[1], how, ids, ids, None, None, 0, ids, ids, 0)
 
 
 def bench_flow_map(bench: Bench, cases: dict[str, tuple[int, int, int, int]] = FLOWS) -> Iterator[dict[str, Any]]:

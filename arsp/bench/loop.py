@@ -41,10 +41,10 @@ class ForcedChain(Chain):
         super().__init__(chain.pipeline, chain.drafter, chain.rule, chain.redraw, chain.prior)
         self.accepted, self.turn = accepted, 0
 
-    def _stood(self, passed_Bm: Tensor, known_Bm: Tensor) -> Tensor:
-        super()._stood(passed_Bm, known_Bm)
+    def _stood(self, m: int, ahead_B: Tensor, *drafts: Tensor | None) -> Tensor:
+        super()._stood(m, ahead_B, *drafts)
         self.turn += 1
-        return (known_Bm.sum(1) + self.accepted[self.turn % len(self.accepted)]).clamp_max(passed_Bm.shape[1])
+        return (ahead_B + self.accepted[self.turn % len(self.accepted)]).clamp_max(m)
 
 
 class ClockedDecoder:

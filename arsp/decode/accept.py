@@ -12,10 +12,10 @@ from torch import Tensor
 from arsp.decode.drafts import Tape
 from arsp.decode.law import Law
 from arsp.errors import ConfigError, NumericalError
+from arsp.kernels import draw_residual
+from arsp.kernels.reference import RESIDUAL_FLOOR
 from arsp.rng import Purpose
 from arsp.tokenizers.geometry import CodebookGeometry
-
-RESIDUAL_FLOOR = 1e-12  # a residual with less mass is rounding: draw from p itself
 
 
 def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
@@ -23,11 +23,6 @@ def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
     rest = (p_V - q_V).clamp_min(0)
     mass = rest.sum(-1, keepdim=True)
     return torch.where(mass < RESIDUAL_FLOOR, p_V, rest / mass.clamp_min(RESIDUAL_FLOOR))
-
-
-def leading(accepted_Bm: Tensor) -> Tensor:
-    """How many drafts stand before the first that does not, ``(B,)``."""
-    return accepted_Bm.to(torch.int64).cumprod(1).sum(1)
 
 
 class ExactRule:
@@ -115,6 +110,11 @@ class LanternRule(ExactRule):
 
 
 def resample(law: Law, tape: Tape, rows_r: Tensor, index_rm: Tensor, positions_rm: Tensor, purpose: Purpose, stream: int = 0) -> Tensor:
-    """Codes ``(r, m)`` from the residual of the law at ``index`` against the law recorded for the draft at that position."""
-    p = law.at(rows_r, index_rm).log_probs().exp()
-    return tape.draw(residual(p, tape.q(rows_r, positions_rm)).log(), positions_rm, purpose, stream, rows_r)
+    """Codes ``(r, m)`` from the residual of the law at ``index`` against the law recorded for the draft at that position. Where the index
+    is negative none is needed, and what is there means nothing."""
+    at_rm = torch.where(index_rm < 0, -1, rows_r.unsqueeze(-1) * law.lse_Bm.shape[1] + index_rm)
+    ids_rm = tape.ids_B[rows_r].unsqueeze(-1).expand(positions_rm.shape)
+    return draw_residual(
+        *law.arguments(), at_rm.flatten(), *tape.recorded(rows_r, positions_rm),
+        tape.request.seed, ids_rm.flatten(), positions_rm.flatten(), purpose, stream,
+    ).view(positions_rm.shape)  # fmt: skip

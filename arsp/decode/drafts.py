@@ -17,10 +17,10 @@ from arsp.decode.guidance import Logits, step_apart
 from arsp.decode.law import Law
 from arsp.errors import ConfigError, NumericalError, nearest
 from arsp.kernels import keyed_argmax
+from arsp.kernels.reference import ONE_HOT, PRIOR, UNIFORM
 from arsp.protocols import Decoder, Request
 from arsp.rng import Purpose, keyed_uniform
 
-ONE_HOT, UNIFORM, PRIOR = -1, -2, -3  # laws that need no storage; a number >= 0 is a position of ``Tape.laws``
 INITIALISERS = {  # name -> the law it records
     "random_uniform": "1/V for every code",
     "random_onehot": "one-hot",
@@ -46,7 +46,7 @@ class Tape:
     codes_BL: Tensor
     known_B: Tensor
     drafted_B: Tensor
-    source_BL: Tensor  # law of the draft: ONE_HOT, UNIFORM, PRIOR, or its position in ``laws``
+    source_BL: Tensor  # law of the draft: ONE_HOT, UNIFORM or PRIOR, which need no storage, or its position in ``laws``
     rows_B: Tensor  # which row of the whole request this is
     uniform_BL: Tensor  # for the test of the draft at each position: a position is tested once in a way that counts
     laws: Law | None = None
@@ -129,6 +129,21 @@ class Tape:
         if self.laws is not None:
             q = torch.where(source >= 0, self.laws.at(rows_r, self._index(source)).log_probs().exp(), q)
         return q
+
+    def recorded(self, rows_r: Tensor, positions_rm: Tensor) -> tuple[Any, ...]:
+        """These laws as :func:`arsp.kernels.draw_residual` takes them: q, q_how, sources, drafts, prior, places."""
+        row, q, prior, places = rows_r.unsqueeze(-1), ([], []), None, None
+        source = self.source_BL[row, positions_rm]
+        if self.laws is None:
+            source = source.clamp_max(ONE_HOT)
+        else:
+            q, num = self.laws.arguments(), self.laws.lse_Bm.shape[1]
+            source = torch.where(source < 0, source, row * num + source.clamp_max(num - 1))
+        if self.prior_YLV is not None:
+            labels_B, places = self.request.labels_B, positions_rm.clamp_max(self.length - 1)
+            places = places if labels_B is None else labels_B[row] * self.prior_YLV.shape[1] + places
+            prior, places = self.prior_YLV.flatten(0, 1), places.flatten()
+        return *q, source.flatten(), self.codes_BL[row, positions_rm].flatten(), prior, places
 
     def prior(self, rows: Tensor, positions: Tensor, codes: Any = slice(None)) -> Tensor:
         """Probabilities of the prior at the broadcast indices, of all codes by default; behind the end those of the last position."""

@@ -55,7 +55,10 @@ class Guided:
             return guide(cond, uncond, self.scale, self.ramp, guided)
         return replace(self, cond_BmV=cond, uncond_BmV=uncond, guided_Bm=guided)
 
-    def clone(self) -> Guided:
+    def clone(self) -> Logits:
+        """The same in memory of its own: halves of bfloat16, or else the combined logits, which take half as much."""
+        if self.cond_BmV.element_size() > 2:
+            return self.float()
         guided = None if self.guided_Bm is None else self.guided_Bm.clone()
         return replace(self, cond_BmV=self.cond_BmV.clone(), uncond_BmV=self.uncond_BmV.clone(), guided_Bm=guided)
 

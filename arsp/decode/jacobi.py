@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from arsp.decode.accept import ExactRule, leading, resample
+from arsp.decode.accept import ExactRule, resample
 from arsp.decode.drafts import Tape
 from arsp.decode.filters import LogitsPipeline, impossible
 from arsp.decode.guidance import Logits, step_apart
 from arsp.decode.law import Law
+from arsp.kernels import accept_scan
 from arsp.protocols import Decoder, Generation, Request
 from arsp.rng import Purpose, keyed_uniform
 
@@ -70,12 +71,10 @@ class Redraw:
         if self.name == "reuse":
             return torch.where(old & (ratio_Bm > self.tau), drafts, drawn_Bm), law
         uniform = keyed_uniform(tape.request.seed, tape.ids_B[:, None], positions_Bm, Purpose.COUPLE, 1, tape.passes)[..., 0]
-        codes = torch.where(old, drafts, drawn_Bm)
-        rows, index = (old & (uniform >= ratio_Bm)).nonzero(as_tuple=True)
-        if len(rows):
-            place = positions_Bm[rows, index][:, None]
-            codes[rows, index] = resample(law, tape, rows, index[:, None], place, Purpose.DRAFT, tape.passes + 1).squeeze(1)
-        return codes, law
+        rows, index = torch.arange(len(tape), device=old.device), torch.arange(old.shape[1], device=old.device)
+        rejected = old & (uniform >= ratio_Bm)
+        fresh = resample(law, tape, rows, torch.where(rejected, index, -1), positions_Bm, Purpose.DRAFT, tape.passes + 1)
+        return torch.where(rejected, fresh, torch.where(old, drafts, drawn_Bm)), law
 
     def _rising(self, law: Law, tape: Tape, positions_Bm: Tensor) -> tuple[Tensor, Law]:
         log_p = law.log_probs()
@@ -135,14 +134,14 @@ class Chain:
         logits = feed(decoder, state, tape, base_B, base, m)
         if self.rule is None:
             law, drawn, _ = self.pipeline.verify(logits, drafts, tape.request.seed, tape.ids_B, positions, Purpose.TOKEN)
-            same, new, recorded = drawn == drafts, drawn, None
+            ratio, new, recorded = None, drawn, None
         else:
             stream = self._stream(tape)
             law, drawn, log_p = self.pipeline.verify(logits, drafts, tape.request.seed, tape.ids_B, positions, Purpose.DRAFT, stream)
             ratio = self.rule.ratio(law, log_p, tape, positions, drafts)
-            same = tape.uniform_BL.gather(1, positions) < ratio
             new, recorded = (drawn, None) if self.redraw is None else self.redraw(law, drawn, ratio, tape, positions)
-        last_B = self._stood(same[:, :m], positions[:, :m] < tape.known_B[:, None])
+        uniform = None if ratio is None else tape.uniform_BL.gather(1, positions)
+        last_B = self._stood(m, tape.known_B - base_B, drafts, drawn, ratio, uniform)
         if self.rule is not None:
             new = self._replace(law, drawn, tape, positions, last_B, new, m)
         codes = torch.where(offsets < last_B[:, None], drafts, new)
@@ -156,9 +155,12 @@ class Chain:
         tape.passes += 1
         return advance
 
-    def _stood(self, passed_Bm: Tensor, known_Bm: Tensor) -> Tensor:
-        """How many codes of the window stand, those that were known before included."""
-        return leading(passed_Bm | known_Bm)
+    def _stood(
+        self, m: int, ahead_B: Tensor, drafts: Tensor, drawn: Tensor, ratio: Tensor | None, uniform: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """How many codes of the window of m stand, those ``ahead_B`` at the front that were known before included."""
+        drafts, drawn, ratio, uniform = (None if x is None else x[:, :m] for x in (drafts, drawn, ratio, uniform))
+        return accept_scan(drafts, drawn, ahead_B, ratio, uniform)
 
     def _stream(self, tape: Tape) -> int:
         return tape.passes + 1 if self.redraw is None else self.redraw.stream(tape)
@@ -179,11 +181,9 @@ class Chain:
     def _replace(self, law: Law, drawn: Tensor, tape: Tape, positions: Tensor, last_B: Tensor, new: Tensor, m: int) -> Tensor:
         """``new`` with the code that each row commits behind its last accepted draft: from the residual, or the bonus."""
         at = last_B[:, None]
-        final = drawn.gather(1, at)
-        rows = (last_B < m).nonzero().squeeze(1)
-        if len(rows):
-            final[rows] = resample(law, tape, rows, at[rows], positions[rows].gather(1, at[rows]), Purpose.RESAMPLE)
-        return new.scatter(1, at, final)
+        rejected, rows = at < m, torch.arange(len(tape), device=at.device)
+        fresh = resample(law, tape, rows, torch.where(rejected, at, -1), positions.gather(1, at), Purpose.RESAMPLE)
+        return new.scatter(1, at, torch.where(rejected, fresh, drawn.gather(1, at)))
 
 
 def feed(decoder: Decoder, state: Any, tape: Tape, base_B: Tensor, base: list[int], num: int) -> Logits:

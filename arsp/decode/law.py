@@ -48,8 +48,8 @@ class Law:
         return self._each(lambda x: x[rows_r.unsqueeze(-1), index_rn])
 
     def behind_first(self) -> Law:
-        """The laws without those of the first position, in memory of their own; halves of guidance are combined, which takes no more."""
-        return self._each(lambda x: x[:, 1:].float() if isinstance(x, Guided) else x[:, 1:].clone())
+        """The laws without those of the first position, in memory of their own."""
+        return self._each(lambda x: x[:, 1:]).clone()
 
     def clone(self) -> Law:
         """The same in memory of its own."""
@@ -61,6 +61,14 @@ class Law:
 
     def _each(self, of: Callable[[Any], Any]) -> Law:
         return Law(of(self.logits_BmV), of(self.lse_Bm), of(self.threshold_Bm), of(self.last_Bm), self.temperature)
+
+    def arguments(self) -> tuple[list[Tensor | None], list[float]]:
+        """The laws of all rows, position after position, as :func:`arsp.kernels.draw_residual` takes them."""
+        logits, uncond, how, guided = self.logits_BmV, None, (1.0, False), None
+        if isinstance(logits, Guided):
+            (uncond, *how, guided), logits = logits.arguments(), logits.cond_BmV
+        numbers = [x.flatten() for x in (self.lse_Bm, self.threshold_Bm, self.last_Bm)]
+        return [logits.flatten(0, 1), uncond, guided, *numbers], [*map(float, how), self.temperature]
 
     @property
     def bytes(self) -> int:

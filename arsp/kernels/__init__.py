@@ -20,9 +20,9 @@ from arsp.kernels import build, cuda, ops, reference
 from arsp.kernels.layouts import TILE, pack_w4_cpu, pack_w8_cpu
 
 __all__ = [
-    "BACKENDS", "GROUP_SIZES", "MAX_QUERIES", "MAX_ROWS", "OPS", "TILE", "apply_rope", "backends", "cached_attention", "flow_map",
-    "fuses_noise", "gelu_quantize", "integrates_flow", "keyed_argmax", "modulate_quantize", "pack_w4_cpu", "pack_w8_cpu",
-    "quantize_per_token", "reads_lengths", "rms_norm", "rms_norm_quantize", "set_backend", "skips_windows", "small_linear",
+    "BACKENDS", "GROUP_SIZES", "MAX_QUERIES", "MAX_ROWS", "OPS", "TILE", "accept_scan", "apply_rope", "backends", "cached_attention",
+    "draw_residual", "flow_map", "fuses_noise", "gelu_quantize", "integrates_flow", "keyed_argmax", "modulate_quantize", "pack_w4_cpu",
+    "pack_w8_cpu", "quantize_per_token", "reads_lengths", "rms_norm", "rms_norm_quantize", "set_backend", "skips_windows", "small_linear",
     "swiglu_quantize", "verify", "w4a8_linear", "w4a8_swiglu", "w8a8_linear", "w8a8_swiglu", "windowed_scale_attention",
 ]  # fmt: skip
 
@@ -38,6 +38,8 @@ OPS = {  # name -> where its compiled kernel is used
     "windowed_scale_attention": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
     "keyed_argmax": "on the CPU without gradient, torch otherwise",
     "verify": "on the CPU without gradient, torch otherwise",
+    "accept_scan": "on the CPU, torch otherwise",
+    "draw_residual": "on the CPU without gradient, torch otherwise",
     "quantize_per_token": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
     "rms_norm_quantize": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
     "modulate_quantize": "float32 and bfloat16 on the CPU without gradient, torch otherwise",
@@ -333,6 +335,49 @@ def verify(
         logits_RV, uncond_RV = logits_RV.float(), uncond_RV.float()
     apply = ops.verify if _applies(logits_RV, uncond_RV) else reference.verify
     return apply(logits_RV, drafts_R, temperature, top_k, top_p, *key, uncond_RV, scale, ramp, guided_R)
+
+
+def accept_scan(
+    drafts_Bm: Tensor, drawn_Bm: Tensor, known_B: Tensor, ratio_Bm: Tensor | None = None, uniform_Bm: Tensor | None = None
+) -> Tensor:
+    """How many drafts of each row stand before the first that does not: int64 ``(B,)``.
+
+    Args:
+        drafts_Bm, drawn_Bm: int64. Without a ratio a draft stands where it is the code that was drawn.
+        ratio_Bm, uniform_Bm: float32. With them it stands where the uniform number is below the ratio; NaN is not.
+        known_B: int64, drafts at the front that are known already and stand anyway.
+    """
+    apply = reference.accept_scan if _wanted == "reference" else ops.accept_scan  # which is the reference where nothing is compiled
+    return apply(drafts_Bm, drawn_Bm, known_B, ratio_Bm, uniform_Bm)
+
+
+def draw_residual(
+    p: Sequence[Tensor | None], p_how: Sequence[float], rows_R: Tensor, q: Sequence[Tensor | None], q_how: Sequence[float],
+    sources_R: Tensor, drafts_R: Tensor, prior: Tensor | None, places_R: Tensor | None,
+    seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0,
+) -> Tensor:  # fmt: skip
+    """Keyed draws from what is left of a law where a draft from another one was rejected: int64 ``(R,)``.
+
+    ``argmax_x(log max(0, p[x] - q[x]) + g(x))`` (arXiv 2211.17192), the smallest id on ties; p itself where the residual has a mass below
+    1e-12. Probabilities and their difference are float32. Nothing of size V is made but on a row's way through a kernel.
+
+    Args:
+        p: target laws as :func:`verify` describes them: logits (P, V), uncond or None, guided or None, and lse, threshold, last, each (P).
+        p_how: scale, ramp (0 or 1), temperature.
+        rows_R: int64, which law of p a draw is from; negative: none is needed, and the result is 0.
+        q, q_how: laws that drafts were drawn from, in the same form; empty where there are none.
+        sources_R: int64, the law of a draft: its row in ``q``, or -1 (certain), -2 (all codes alike), -3 (row ``places_R`` of ``prior``).
+        drafts_R: int64, the drafts, for source -1.
+        prior, places_R: float32 probabilities (Y, V), and int64.
+        seed, ids_R, positions_R, purpose, stream: the key of the noise, as in :func:`keyed_argmax`.
+
+    Returns -1 where a law of p has no possible code.
+    """
+    applies = _applies(p[0], *q[:1])
+    apply = ops.draw_residual if applies else reference.draw_residual
+    return apply(
+        p, p_how, rows_R, q, q_how, sources_R, drafts_R, prior, places_R, _signed(seed), ids_R, positions_R, int(purpose), stream
+    )  # fmt: skip
 
 
 def _signed(seed: int) -> int:

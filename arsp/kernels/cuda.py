@@ -37,6 +37,8 @@ LAUNCHERS = {
     "flow_map": "pppppiillipppppppp",
     "keyed_argmax": "pllllpplpp",
     "verify": "pllpildlpplpppppp",
+    "accept_scan": "plplplplpllpp",
+    "draw_residual": "pppppppllllpplpp",
 }
 _C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}  # enum Type of device.cuh
@@ -57,6 +59,8 @@ LIMITS = {  # op -> where its kernel is used
     "flow_map": "float32, vectors of up to 32 numbers",
     "keyed_argmax": "always",
     "verify": "always",
+    "accept_scan": "always",
+    "draw_residual": "always",
 }
 WGMMA = int(os.environ.get("ARSP_WGMMA") == "1")  # products of more than 64 rows on sm_90a; not measured yet, so it has to be chosen
 ALIGNMENT = 16
@@ -223,8 +227,30 @@ class CudaOps:
         logits = _Logits(logits_RV, uncond_RV, scale, ramp, guided_R, divisor, self.emulated)
         law, key = (int(temperature == 0), top_k, top_p), (seed, ids_R.contiguous(), positions_R.contiguous(), purpose | stream << 8)
         results = (codes, log_p, lse, threshold, last)
-        self._call("verify", logits_RV, logits.address, *logits_RV.shape, drafts_R.contiguous(), *law, *key, *results)
+        self._call("verify", logits_RV, ctypes.addressof(logits), *logits_RV.shape, drafts_R.contiguous(), *law, *key, *results)
         return results
+
+    def accept_scan(
+        self, drafts_Bm: Tensor, drawn_Bm: Tensor, known_B: Tensor, ratio_Bm: Tensor | None = None, uniform_Bm: Tensor | None = None
+    ) -> Tensor:
+        counts, given = empty(known_B.shape, torch.int64, known_B), (drafts_Bm, drawn_Bm, ratio_Bm, uniform_Bm)
+        rows = [None if x is None else _rows(x) for x in given]
+        strided = [value for x in rows for value in (x, 0 if x is None else x.stride(0))]
+        self._call("accept_scan", known_B, *strided, known_B.contiguous(), *drafts_Bm.shape, counts)
+        return counts
+
+    def draw_residual(
+        self, p: Sequence[Tensor | None], p_how: Sequence[float], rows_R: Tensor, q: Sequence[Tensor | None], q_how: Sequence[float],
+        sources_R: Tensor, drafts_R: Tensor, prior: Tensor | None, places_R: Tensor | None,
+        seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0,
+    ) -> Tensor:  # fmt: skip
+        codes = empty(rows_R.shape, torch.int64, rows_R)
+        target, recorded = _Laws(p, p_how, self.emulated), _Laws(q, q_how, self.emulated) if q else None
+        given = [None if x is None else x.contiguous() for x in (rows_R, sources_R, drafts_R, prior, places_R, ids_R, positions_R)]
+        laws = (ctypes.addressof(target), None if recorded is None else ctypes.addressof(recorded))
+        key = (seed, *given[5:], purpose | stream << 8)
+        self._call("draw_residual", rows_R, *laws, *given[:5], 0 if prior is None else len(prior), len(rows_R), p[0].shape[1], *key, codes)
+        return codes
 
     # ---- attention
 
@@ -370,9 +396,17 @@ class _Logits(ctypes.Structure):
         inverse = 0.0 if emulated else 1 / ctypes.c_float(divisor).value
         super().__init__(*pointers, *strides, _TYPES[cond.dtype], int(ramp), scale, 1 + scale, divisor, inverse)
 
-    @property
-    def address(self) -> int:
-        return ctypes.addressof(self)
+
+class _Laws(ctypes.Structure):
+    """Laws as draw_residual takes them: ``struct Laws`` of verify.cu."""
+
+    _fields_ = (("logits", _Logits), *((name, ctypes.c_void_p) for name in ("lse", "threshold", "last")), ("num", ctypes.c_int64))
+
+    def __init__(self, law: Sequence[Tensor | None], how: Sequence[float], emulated: bool):
+        cond, uncond, guided, *numbers = law
+        self.rows = _Logits(cond, uncond, how[0], bool(how[1]), guided, how[2], emulated)
+        self.tensors = [x.contiguous() for x in numbers]  # alive until the launch, as what the rows hold
+        super().__init__(self.rows, *(x.data_ptr() for x in self.tensors), len(cond))
 
 
 def _matrix(rows: Tensor) -> tuple[Tensor, int, int]:

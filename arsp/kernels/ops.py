@@ -106,6 +106,33 @@ def _(
     return codes_R, log_p_R, lse_R, threshold_R, last_R
 
 
+torch.library.define("arsp::accept_scan", "(Tensor drafts, Tensor drawn, Tensor known, Tensor? ratio=None, Tensor? uniform=None) -> Tensor")
+torch.library.impl("arsp::accept_scan", "CompositeExplicitAutograd", reference.accept_scan)
+
+
+@torch.library.register_fake("arsp::accept_scan")
+def _(drafts_Bm: Tensor, drawn_Bm: Tensor, known_B: Tensor, ratio_Bm: Tensor | None = None, uniform_Bm: Tensor | None = None) -> Tensor:
+    torch._check(drafts_Bm.dim() == 2, lambda: "accept_scan: expected drafts (B, m)")
+    return drafts_Bm.new_empty(drafts_Bm.shape[0])
+
+
+torch.library.define(
+    "arsp::draw_residual",
+    "(Tensor?[] p, float[] p_how, Tensor rows, Tensor?[] q, float[] q_how, Tensor sources, Tensor drafts, Tensor? prior, Tensor? places, "
+    "int seed, Tensor ids, Tensor positions, int purpose, int stream=0) -> Tensor",
+)
+torch.library.impl("arsp::draw_residual", "CompositeExplicitAutograd", reference.draw_residual)
+
+
+@torch.library.register_fake("arsp::draw_residual")
+def _(
+    p: Sequence[Tensor | None], p_how: Sequence[float], rows_R: Tensor, q: Sequence[Tensor | None], q_how: Sequence[float],
+    sources_R: Tensor, drafts_R: Tensor, prior: Tensor | None, places_R: Tensor | None,
+    seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0,
+) -> Tensor:  # fmt: skip
+    return rows_R.new_empty(rows_R.shape)
+
+
 _BALANCE = "Tensor? smooth=None, Tensor? signs=None"
 _QUANTISED = "(Tensor xq, Tensor sx)"
 
@@ -253,6 +280,8 @@ cached_attention = torch.ops.arsp.cached_attention.default
 windowed_scale_attention = torch.ops.arsp.windowed_scale_attention.default
 keyed_argmax = torch.ops.arsp.keyed_argmax.default
 verify = torch.ops.arsp.verify.default
+accept_scan = torch.ops.arsp.accept_scan.default
+draw_residual = torch.ops.arsp.draw_residual.default
 quantize_per_token = torch.ops.arsp.quantize_per_token.default
 rms_norm_quantize = torch.ops.arsp.rms_norm_quantize.default
 modulate_quantize = torch.ops.arsp.modulate_quantize.default

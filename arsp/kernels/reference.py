@@ -14,6 +14,8 @@ from arsp.kernels.layouts import unpack_w4_cpu, unpack_w8_cpu
 from arsp.rng import keyed_uniform
 
 MIN_TEMPERATURE = 1e-5  # what a positive temperature is raised to before logits are divided by it
+ONE_HOT, UNIFORM, PRIOR = -1, -2, -3  # laws of a draft that need no storage, see draw_residual
+RESIDUAL_FLOOR = 1e-12  # a residual with less mass is rounding: draw from p itself
 GELU_SHIFT = 0.17  # GELU is never below -0.17, but for rounding: what gelu_quantize adds before it quantises
 NOISE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 24}  # Gumbel noise made at once: larger leaves the cache, smaller pays per call
 
@@ -176,6 +178,54 @@ def _cut(scaled_RV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
     within_R1 = cut_R1 > -torch.inf  # otherwise top-p removes nothing
     last_R1 = torch.where(tie_R1 & within_R1, ordered.indices.gather(-1, place_R1), last_R1)
     return torch.where(within_R1, cut_R1, threshold_R1), last_R1
+
+
+def leading(stands_Bm: Tensor) -> Tensor:
+    """How many places come before the first that does not stand, int64 ``(B,)``."""
+    return stands_Bm.to(torch.int64).cumprod(1).sum(1)
+
+
+def accept_scan(
+    drafts_Bm: Tensor, drawn_Bm: Tensor, known_B: Tensor, ratio_Bm: Tensor | None = None, uniform_Bm: Tensor | None = None
+) -> Tensor:
+    """:func:`leading` of the drafts that equal the code drawn, or whose uniform is below the ratio; the first ``known_B`` always stand."""
+    stands_Bm = drafts_Bm == drawn_Bm if ratio_Bm is None or uniform_Bm is None else uniform_Bm < ratio_Bm
+    return leading(stands_Bm | (torch.arange(drafts_Bm.shape[1], device=drafts_Bm.device) < known_B[:, None]))
+
+
+def draw_residual(
+    p: Sequence[Tensor | None], p_how: Sequence[float], rows_R: Tensor, q: Sequence[Tensor | None], q_how: Sequence[float],
+    sources_R: Tensor, drafts_R: Tensor, prior: Tensor | None, places_R: Tensor | None,
+    seed: int, ids_R: Tensor, positions_R: Tensor, purpose: int, stream: int = 0,
+) -> Tensor:  # fmt: skip
+    """:func:`keyed_argmax` of ``log max(0, p - q)``, of ``log p`` where that has no mass; :func:`arsp.kernels.draw_residual` has the
+    definitions."""
+    codes_R, wanted = torch.zeros_like(rows_R), (rows_R >= 0).nonzero().squeeze(1)
+    num_codes = p[0].shape[1]
+    for at in wanted.split(max(1, noise_elements(p[0]) // num_codes)):
+        p_rV, source_r1 = _log_law(p, p_how, rows_R[at]).exp(), sources_R[at, None]
+        q_rV = torch.zeros_like(p_rV).scatter_(1, drafts_R[at, None], 1.0)
+        q_rV = torch.where(source_r1 == UNIFORM, 1.0 / num_codes, q_rV)
+        if prior is not None and places_R is not None:
+            q_rV = torch.where(source_r1 == PRIOR, prior[places_R[at]], q_rV)
+        if q:
+            q_rV = torch.where(source_r1 >= 0, _log_law(q, q_how, sources_R[at].clamp_min(0)).exp(), q_rV)
+        rest_rV = (p_rV - q_rV).clamp_min(0)
+        empty_r1 = rest_rV.sum(-1, keepdim=True, dtype=torch.float64) < RESIDUAL_FLOOR
+        codes_R[at] = keyed_argmax(torch.where(empty_r1, p_rV, rest_rV).log(), seed, ids_R[at], positions_R[at], purpose, stream)
+    return codes_R
+
+
+def _log_law(law: Sequence[Tensor | None], how: Sequence[float], rows_r: Tensor) -> Tensor:
+    """Log-probabilities (r, V) of some rows of laws: (logits, uncond, guided, lse, threshold, last) and (scale, ramp, temperature)."""
+    logits, uncond, guided, lse, threshold, last = (None if x is None else x[rows_r] for x in law)
+    scale, ramp, temperature = how
+    if uncond is not None:
+        logits = guide(logits, uncond, scale, bool(ramp), None if guided is None else guided[:, None])
+    scaled, threshold = logits.float() / temperature, threshold[:, None]
+    ids = torch.arange(scaled.shape[1], device=scaled.device)
+    kept = (scaled > threshold) | ((scaled == threshold) & (ids <= last[:, None]))
+    return (scaled - lse[:, None]).masked_fill(~kept, -torch.inf)
 
 
 def quantize_per_token(

@@ -56,7 +56,7 @@ def test_attention_to_a_cache_counts_the_slots_that_rows_hold(bench, monkeypatch
 
 
 def test_draws_and_flows_run(bench):
-    assert len(check(gpu_kernels.bench_verify(bench, (1,), 100), 4)) == 4
+    assert len(check(gpu_kernels.bench_verify(bench, (1,), 100), 9)) == 9
     ((_, line),) = check(gpu_kernels.bench_flow_map(bench, {"toy": (3, 50, 8, 20)}), 1).items()
     assert 1 <= line["evaluations"] <= 65
 

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
-from arsp.decode.accept import RESIDUAL_FLOOR, ExactRule, GroupRule, LanternRule, group_ratio, leading, resample, residual
+import arsp.decode.jacobi
+from arsp.decode.accept import RESIDUAL_FLOOR, ExactRule, GroupRule, LanternRule, group_ratio, resample, residual
 from arsp.decode.drafts import ONE_HOT, UNIFORM, Tape
 from arsp.decode.filters import LogitsPipeline
 from arsp.decode.jacobi import Chain, Redraw
 from arsp.decode.law import Law
 from arsp.errors import ConfigError, NumericalError
+from arsp.kernels.reference import leading
 from arsp.protocols import Request
 from arsp.rng import Purpose
 from arsp.testing.golden import find_cases
@@ -131,15 +133,17 @@ def test_resampling_follows_the_residual():
 
 
 class RecordedTape(Tape):
-    """Draws codes with the recorded uniforms: the smallest code whose cumulative probability exceeds it."""
+    """With the recorded uniforms of residuals, and what was drawn from with them."""
 
     residual_uniform: torch.Tensor
     drawn_from: dict
 
-    def draw(self, log_w_BmV, positions_Bm, purpose, stream=0, rows_B=None):
-        p = log_w_BmV[:, 0].exp()
-        self.drawn_from.update(zip(rows_B.tolist(), p, strict=True))
-        return (p.double().cumsum(-1) > self.residual_uniform[rows_B, None]).to(torch.int8).argmax(-1, keepdim=True)
+
+def recorded_resample(law, tape, rows, index, positions, purpose, stream=0):
+    """The smallest code whose cumulative probability under the residual exceeds the recorded uniform."""
+    p = residual(law.at(rows, index.clamp_min(0)).log_probs().exp(), tape.q(rows, positions))[:, 0]
+    tape.drawn_from.update({row: p[row] for row in (index[:, 0] >= 0).nonzero().flatten().tolist()})
+    return (p.double().cumsum(-1) > tape.residual_uniform[:, None]).to(torch.int8).argmax(-1, keepdim=True)
 
 
 class Recorded:
@@ -162,13 +166,14 @@ class Recorded:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("case", find_cases(kind="sjd_verify"), ids=str)
-def test_a_pass_decides_like_the_official_one_on_its_uniforms(case):
+def test_a_pass_decides_like_the_official_one_on_its_uniforms(case, monkeypatch):
     """Accepted counts and all codes exact, residual laws to 1e-6."""
     B, L, V = (case.config[key] for key in "BLV")
     io = case.io
     tape = RecordedTape(**vars(tape_of(io["draft_prob"][:, 1:], io["draft_tokens"][:, 1:])))
     tape.uniform_BL[:, : L - 1] = io["uniforms"][:, 1:]
     tape.residual_uniform, tape.drawn_from, recorded = io["residual_uniform"], {}, Recorded(io)
+    monkeypatch.setattr(arsp.decode.jacobi, "resample", recorded_resample)
     advance = Chain(recorded, recorded, ExactRule(), Redraw("fresh")).advance(recorded, None, tape, L - 1)
 
     assert torch.equal(tape.known_B, io["first_misaligned"]), "codes of a pass: accepted drafts and one more"

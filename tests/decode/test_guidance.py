@@ -60,12 +60,15 @@ def test_laws_and_draws_are_those_of_the_combined_logits(form, dtype, pipeline):
         assert law.logits_BmV is apart and law.bytes == apart.nbytes + 16 * 20, "a law of two halves makes nothing of the size of V"
 
 
-def test_what_is_kept_does_not_change_with_the_next_pass():
-    apart, dense = FORMS["scale"](*halves(torch.float32))
-    kept = LogitsPipeline().law(apart).behind_first()
-    before = kept.log_probs()
-    apart.cond_BmV.zero_()
-    assert torch.equal(kept.log_probs(), before)
+@dtypes
+def test_what_is_kept_does_not_change_with_the_next_pass_and_takes_no_more_than_combined(dtype):
+    for rows in (1, 4):
+        apart, dense = FORMS["interval"](*halves(dtype, rows))
+        kept = LogitsPipeline().law(apart).behind_first()
+        before = kept.log_probs()
+        for half in (apart.cond_BmV, apart.uncond_BmV):
+            half.zero_()
+        assert torch.equal(kept.log_probs(), before) and kept.bytes == dense[:, 1:].nbytes + 16 * 4 * rows
 
 
 @dtypes

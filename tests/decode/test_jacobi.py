@@ -302,6 +302,8 @@ def test_reads_are_noticed(monkeypatch):
 READ_ONCE = [
     *(("seeded", {"init": init}) for init in ("random_uniform", "repeat_above", "left_law", "prior", "ngram")),
     ("seeded", {"window": "auto"}), ("seeded", {"draft_model": "itself"}),
+    ("sjd", {}), ("draft-model", {"draft_model": "itself"}), ("mc", {"coupling": "maximal"}), ("mc", {"coupling": "gumbel"}), ("vp", {}),
+    ("reuse", {}), ("gsd", {}), ("lantern", {}),
 ]  # fmt: skip
 
 
@@ -313,7 +315,7 @@ def test_a_pass_reads_once_from_the_device(gpt, monkeypatch, name, options):
     prior = torch.full((5, 16, V), 1 / V)
     ngrams = NGrams.count(torch.randint(V, (50, 16), generator=torch.Generator().manual_seed(1)), V)
     flat = StepCost({rows: {n: 1.0 for n in range(1, 18)} for rows in (1, 4)}, {1: 1.0, 4: 1.0})
-    draft = RasterDecoder(gpt, Guidance(2.0)) if "draft_model" in options else None
+    draft = RasterDecoder(gpt, Guidance(8.0, 2)) if "draft_model" in options else None
     parts = Parts(decoder, LogitsPipeline(0.9, 20), book, book, draft, prior, ngrams, lambda request: WindowPlanner(flat))
     generator = build_mode(name, parts, settle(name, VerifyConfig(**options), decoder.layout))
     request, counts = Request(torch.arange(4), 3, labels_B=torch.arange(4)), []

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from cuda_emulation import TARGETS
+from verify_cases import draw, key, laws, residual_call, same_codes, same_residual_draws
 
 from arsp.kernels import reference
-from arsp.rng import Purpose, keyed_uniform
+from arsp.rng import keyed_uniform
 
 SIZES = (1, 3, 17, 500, 1025, 2500)
 RESULTS = ("codes", "log_p", "lse", "threshold", "last")
@@ -15,37 +16,10 @@ LAWS = [(1.0, k, p) for k in (0, 1, 5, 100, 2000) for p in (1.0, 0.9012, 0.0)]
 LAWS += [(0.5, 0, 0.5012), (0.5, 100, 1.0), (0.0, 0, 1.0)]  # temperatures that are powers of two: torch divides by others in two ways
 
 
-def draw(rows, codes, seed=0, ties=False, removed=0.2):
-    """Logits with some codes at -inf; with ``ties`` they are multiples of log 2, many of them equal."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(rows, codes, generator=generator)
-    if ties:
-        logits = logits.round().clamp(-6, 6) * math.log(2)
-    gone = torch.rand(rows, codes, generator=generator) < removed
-    gone[:, 0] = False
-    return logits.masked_fill(gone, -torch.inf)
-
-
-def key(rows, seed=0):
-    """(seed, ids, positions, purpose, stream), every word used to its last bit."""
-    generator = torch.Generator().manual_seed(seed)
-    ids, positions = (torch.randint(1 << 32, (rows,), generator=generator) for _ in range(2))
-    return -(2**62) + 12345 * seed, ids, positions, int(Purpose.ACCEPT), (1 << 24) - 1 - seed
-
-
 def kept_of(logits, temperature, found):
     threshold, last = found[3].unsqueeze(-1), found[4].unsqueeze(-1)
     scaled = logits / (max(temperature, 1e-5) if temperature else 1.0)
     return scaled, (scaled > threshold) | ((scaled == threshold) & (torch.arange(logits.shape[-1]) <= last))
-
-
-def same_codes(found, wanted, log_w, arguments, what):
-    """Equal but where two codes tie within 1e-5: logarithms differ in their last bits."""
-    seed, ids, positions, purpose, stream = arguments
-    scores = log_w - torch.log(-torch.log(keyed_uniform(seed, ids, positions, purpose, log_w.shape[1], stream)))
-    for row in (found != wanted).nonzero().flatten().tolist():
-        gap = (scores[row, found[row]] - scores[row, wanted[row]]).abs().item()
-        assert gap < 1e-5, f"{what}, row {row}: {found[row]} instead of {wanted[row]}, gap {gap:.1e}"
 
 
 @TARGETS
@@ -164,3 +138,72 @@ def test_rows_may_be_views(target):
             assert torch.equal(ours, theirs)
     none = torch.zeros(0, dtype=torch.int64)
     assert target("keyed_argmax", torch.zeros(0, 9), 0, none, none, 0).shape == (0,)
+
+
+@TARGETS
+def test_scans_stop_at_the_first_draft_that_falls(target):
+    """Rows in which all stand, none stands or one in the middle falls; some are known already, however they compare."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, m in ((1, 1), (3, 7), (5, 32), (40, 33), (2, 100)):
+        drafts, known = torch.randint(5, (rows, m), generator=generator), torch.randint(0, m + 1, (rows,), generator=generator) // 2
+        drawn = torch.where(torch.rand(rows, m, generator=generator) < 1 - 2 / m, drafts, drafts + 1)
+        ratio, uniform = 3 * torch.rand(rows, m, generator=generator), torch.rand(rows, m, generator=generator)
+        drawn[0], ratio[0], known[-1] = drafts[0], torch.inf, m
+        drawn[-1], ratio[-1] = -1, torch.nan
+        wide = [torch.cat((x, x), 1)[:, :m] for x in (drafts, drawn, ratio, uniform)]
+        for given in ((drafts, drawn, known), (drafts, drawn, known, ratio, uniform), (*wide[:2], known), (*wide[:2], known, *wide[2:])):
+            found, wanted = target("accept_scan", *given), reference.accept_scan(*given)
+            assert torch.equal(found, wanted) and wanted[0] == m == wanted[-1], f"{rows} x {m}"
+    none = torch.zeros(0, 3, dtype=torch.int64)
+    assert target("accept_scan", none, none, none[:, 0]).shape == (0,)
+
+
+@TARGETS
+def test_residual_draws_are_those_of_the_definition(target):
+    for codes in (1, 2, 17, 500, 1025):
+        for law in ((1.0, 0, 1.0), (0.5, 40, 0.9), (0.0, 0, 1.0)):
+            for dtype, guided in ((torch.float32, False), (torch.bfloat16, True)):
+                call = residual_call(codes, law, dtype=dtype, guided=guided)
+                same_residual_draws(target("draw_residual", *call), call, f"V={codes} {law} {dtype}")
+                same_residual_draws(reference.draw_residual(*call), call, f"reference, V={codes} {law} {dtype}")
+    call = residual_call(20000, (1.0, 900, 1.0), guided=True)  # does not fit into shared memory
+    same_residual_draws(target("draw_residual", *call), call, "V=20000")
+
+
+@TARGETS
+def test_residuals_without_mass_are_drawn_from_the_law(target):
+    """p against itself and a certain draft that is the only possible code; a law with NaN or nothing at all gives -1; no recorded laws."""
+    for codes in (1, 33, 1100):
+        p, how = laws(4, codes, (1.0, 0, 1.0), codes)
+        at, drafts = torch.arange(4), torch.zeros(4, dtype=torch.int64)
+        found = target("draw_residual", p, how, at, p, how, at, drafts, None, None, *key(4))
+        log_p = reference._log_law(p, how, at)
+        same_codes(found, reference.keyed_argmax(log_p, *key(4)), log_p, key(4), f"V={codes}")
+        p[0][:3, 1:] = -torch.inf  # one code is left
+        p[0][1, 0], p[0][2, 0] = torch.nan, -torch.inf
+        found = reference.verify(p[0], drafts, 1.0, 0, 1.0, *key(4))
+        call = ([*p[:3], *found[2:]], how, at, [], [], torch.tensor([-1, -1, -2, -1]), drafts, None, None, *key(4))
+        found = target("draw_residual", *call)
+        assert found[:3].tolist() == [0, -1, -1] and torch.equal(found, reference.draw_residual(*call))
+
+
+@TARGETS
+def test_draws_from_laws_that_are_not_there_give_no_code(target):
+    call = list(residual_call(20))
+    found = target("draw_residual", *call)
+    for i, row, value in ((2, 0, 9), (5, 0, 4), (8, 6, 3), (8, 7, -1)):
+        wrong = call.copy()
+        wrong[i] = call[i].clone()
+        wrong[i][row] = value
+        assert target("draw_residual", *wrong).tolist() == [-1 if r == row else code for r, code in enumerate(found.tolist())]
+
+
+@TARGETS
+def test_a_draw_depends_on_its_own_row_alone(target):
+    call = residual_call(300)
+    found = target("draw_residual", *call)
+    some = torch.tensor([7, 0, 3])
+    picked = [x[some] if i in (2, 5, 6, 8, 10, 11) else x for i, x in enumerate(call)]
+    assert torch.equal(target("draw_residual", *picked), found[some])
+    none = [x[:0] if i in (2, 5, 6, 8, 10, 11) else x for i, x in enumerate(call)]
+    assert target("draw_residual", *none).shape == (0,)

@@ -86,8 +86,8 @@ class HalfUniform(Tape):
     def log_q(self, positions_Bm, codes_BmK):
         return self._mixed(self.tested, super().log_q, positions_Bm, codes_BmK)
 
-    def q(self, rows_r, positions_rm):
-        return self._mixed(self.replaced, super().q, rows_r, positions_rm)
+    def recorded(self, rows_r, positions_rm):
+        return self._mixed(self.replaced, super().recorded, rows_r, positions_rm)
 
     def _mixed(self, kind, law, *arguments):
         recorded, self.source_BL = self.source_BL, torch.where(self.source_BL < 0, kind, self.source_BL)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from arsp.kernels import build, cuda, nvcc
 
@@ -54,7 +55,7 @@ class Target:
         if self.order is not None:
             self.ops.library.arsp_emulate_order(self.order)
             return getattr(self.ops, name)(*arguments)
-        moved = [value.cuda() if isinstance(value, torch.Tensor) else value for value in arguments]
+        moved = [tree_map_only(torch.Tensor, torch.Tensor.cuda, value) for value in arguments]
         op = getattr(torch.ops.arsp, name).default
         found = op(*moved)
         for value, there, argument in zip(arguments, moved, op._schema.arguments, strict=False):

@@ -9,6 +9,22 @@ typedef uint64_t wide __attribute__((vector_size(4 * ARSP_LANES)));  // one bloc
 typedef float half_vec __attribute__((vector_size(2 * ARSP_LANES)));
 typedef double doubles __attribute__((vector_size(4 * ARSP_LANES)));
 
+// 0, 1, 2, ..
+struct Lanes {
+  int32_t lane[ARSP_LANES];
+  constexpr Lanes() : lane() {
+    for (int i = 0; i < ARSP_LANES; ++i) lane[i] = i;
+  }
+};
+
+constexpr Lanes kLaneOrder;
+
+ARSP_TARGET inline ints lanes() {
+  ints order;
+  std::memcpy(&order, kLaneOrder.lane, sizeof(order));
+  return order;
+}
+
 constexpr uint32_t kAllLanes = (1u << ARSP_LANES) - 1;
 
 // As bits, the lanes where a > b.
@@ -132,23 +148,40 @@ inline float noise(uint32_t word) {
   return -std::log(-std::log(u));
 }
 
-// argmax_x(s[x] - lse + noise(x)) over the codes that the law keeps, the smallest on ties. `max` is their finite maximum. The two
-// logarithms of the noise are taken only for codes that win if their noise is as large as its bound.
-ARSP_TARGET int64_t draw(const float* s, int64_t padded, float max, const Law& law, const Key& key) {
-  float best = std::nextafter(max - law.lse - 3.f, -INFINITY);  // noise is above -2.82
+// The codes that a law keeps, s their logits.
+struct Kept {
+  const float* s;
+  Law law;
+  ARSP_TARGET vec log_p(int64_t x) const {
+    const vec v = load(s + x);
+    const ints allowed = lanes() <= static_cast<int32_t>(law.last - x);
+    return (v > law.threshold) | ((v == law.threshold) & allowed) ? v - law.lse : splat(-INFINITY);
+  }
+  ARSP_TARGET vec bound(int64_t x) const { return log_p(x); }
+  float score(int64_t x) const { return s[x] - law.lse; }
+};
+
+// Codes with weights whose logarithms are known up to 0.06 before they are taken: the bits of a float read as a whole number.
+struct Weighted {
+  const float* w;
+  ARSP_TARGET vec bound(int64_t x) const {
+    const vec v = load(w + x), log2_v = __builtin_convertvector((ints)v, vec);  // times 2^23, plus 127
+    return v > 0.f ? log2_v * static_cast<float>(M_LN2 / (1 << 23)) + static_cast<float>(0.0861 * M_LN2 - 127 * M_LN2) : splat(-INFINITY);
+  }
+  float score(int64_t x) const { return std::log(w[x]); }
+};
+
+// argmax_x(score(x) + noise(x)) over the codes whose bound, which is not below the score, is above -inf; the smallest on ties. Only codes
+// whose sum is above `best` are found. Noise has its two logarithms taken only for codes that win if it is as large as its bound.
+template <typename Codes>
+ARSP_TARGET int64_t draw(const Codes& codes, int64_t padded, float best, const Key& key) {
   int64_t code = -1;
-  ints id;
-#pragma GCC unroll 16
-  for (int i = 0; i < ARSP_LANES; ++i) id[i] = i;
-  const int32_t last = static_cast<int32_t>(law.last);
   for (int64_t first = 0; first < padded; first += kChunk) {
-    vec log_p[4], highest = splat(-INFINITY);
+    vec bounds[4], highest = splat(-INFINITY);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      const vec x = load(s + first + j * ARSP_LANES);
-      log_p[j] = (x > law.threshold) | ((x == law.threshold) & (id <= last)) ? x - law.lse : splat(-INFINITY);
-      highest = log_p[j] > highest ? log_p[j] : highest;
-      id += ARSP_LANES;
+      bounds[j] = codes.bound(first + j * ARSP_LANES);
+      highest = bounds[j] > highest ? bounds[j] : highest;
     }
     if (!greater(highest + 16.7f, splat(best))) continue;  // noise is below 16.64
     bits words[4];
@@ -156,25 +189,27 @@ ARSP_TARGET int64_t draw(const float* s, int64_t padded, float max, const Law& l
     uint64_t possible = 0;  // as bits, the codes of the chunk that may win
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j)
-      possible |= static_cast<uint64_t>(greater(log_p[j] + noise_bound(words[j]), splat(best))) << (j * ARSP_LANES);
+      possible |= static_cast<uint64_t>(greater(bounds[j] + noise_bound(words[j]), splat(best))) << (j * ARSP_LANES);
     if (!possible) continue;
-    float at[kChunk];
     uint32_t word[kChunk];
-    std::memcpy(at, log_p, sizeof(at));
     std::memcpy(word, words, sizeof(word));
     for (; possible; possible &= possible - 1) {
       const int i = __builtin_ctzll(possible);
-      const float value = at[i] + noise(word[i]);
+      const float value = codes.score(first + i) + noise(word[i]);
       if (value > best) best = value, code = first + i;
     }
   }
   return code;
 }
 
-// The first `num` values, zeros behind them.
+// The same for a law whose best logit is `max`.
+ARSP_TARGET int64_t draw(const float* s, int64_t padded, float max, const Law& law, const Key& key) {
+  return draw(Kept{s, law}, padded, std::nextafter(max - law.lse - 3.f, -INFINITY), key);  // noise is above -2.82
+}
+
+// The first `num` values, fewer than a register holds, zeros behind them.
 template <typename T>
 ARSP_TARGET inline vec load_some(const T* p, int64_t num) {
-  if (num >= ARSP_LANES) return load(p);
   T some[ARSP_LANES] = {};
   std::copy(p, p + num, some);
   return load(some);
@@ -191,23 +226,28 @@ ARSP_TARGET inline vec rounded(vec x) {
 }
 
 // Copies a row, guided and divided by the temperature, into s, padded with -inf; returns its maximum, or NaN where there is one.
-template <typename T>
+template <typename T, bool kGuided>
 ARSP_TARGET float scale_as(const Logits& row, int64_t V, float* s, int64_t padded) {
   const T *const cond = static_cast<const T*>(row.cond), *const uncond = static_cast<const T*>(row.uncond);
+  const float factor = row.scale, gain = row.gain, divisor = row.divisor;
+  const bool ramp = row.ramp, divides = divisor != 1;
+  const auto made = [=](vec c, vec u) ARSP_TARGET {
+    if (kGuided) c = ramp ? rounded(gain * c) - rounded(factor * u) : u + rounded(factor * (c - u));
+    if (divides) c /= divisor;
+    return c;
+  };
   vec maxima = splat(-INFINITY);
-  ints invalid = {}, id;
-  for (int i = 0; i < ARSP_LANES; ++i) id[i] = i;
-  for (int64_t x = 0; x < padded; x += ARSP_LANES) {
+  ints invalid = {};
+  int64_t x = 0;
+  for (; x + ARSP_LANES <= V; x += ARSP_LANES) {
+    const vec v = made(load(cond + x), kGuided ? load(uncond + x) : vec{});
+    store(s + x, v);
+    maxima = v > maxima ? v : maxima;
+    invalid |= v != v;
+  }
+  for (; x < padded; x += ARSP_LANES) {
     vec v = splat(-INFINITY);
-    if (x < V) {
-      v = load_some(cond + x, V - x);
-      if (uncond != nullptr) {
-        const vec u = load_some(uncond + x, V - x);
-        v = row.ramp ? rounded(row.gain * v) - rounded(row.scale * u) : u + rounded(row.scale * (v - u));
-      }
-      if (row.divisor != 1) v /= row.divisor;
-      if (V - x < ARSP_LANES) v = id < static_cast<int32_t>(V - x) ? v : splat(-INFINITY);
-    }
+    if (x < V) v = lanes() < static_cast<int32_t>(V - x) ? made(load_some(cond + x, V - x), kGuided ? load_some(uncond + x, V - x) : vec{}) : v;
     store(s + x, v);
     maxima = v > maxima ? v : maxima;
     invalid |= v != v;
@@ -221,7 +261,8 @@ ARSP_TARGET float scale_as(const Logits& row, int64_t V, float* s, int64_t padde
 }
 
 ARSP_TARGET float scale(const Logits& row, int64_t V, float* s, int64_t padded) {
-  return row.narrow ? scale_as<Bf16>(row, V, s, padded) : scale_as<float>(row, V, s, padded);
+  if (row.uncond == nullptr) return row.narrow ? scale_as<Bf16, false>(row, V, s, padded) : scale_as<float, false>(row, V, s, padded);
+  return row.narrow ? scale_as<Bf16, true>(row, V, s, padded) : scale_as<float, true>(row, V, s, padded);
 }
 
 // Sum of e^(list[i] - max) in float64; -inf follows the list up to a whole register.
@@ -328,4 +369,41 @@ ARSP_TARGET Outcome verify_row(const Logits& logits, int64_t V, int64_t draft, c
   }
   if (draft >= 0) out.log_p = out.law.keeps(s[draft], draft) ? s[draft] - out.law.lse : -INFINITY;
   return out;
+}
+
+// The law of a row densely, zeros behind it. The logits are what scale() made of them.
+ARSP_TARGET void probabilities(float* s, int64_t padded, const Law& law) {
+  const Kept kept{s, law};
+  for (int64_t x = 0; x < padded; x += ARSP_LANES) {
+    const vec log_p = kept.log_p(x);
+    store(s + x, log_p > -INFINITY ? exp_nonpositive(log_p) : vec{});
+  }
+}
+
+// draw_residual of one row; q is where the draft's law is one of the recorded ones.
+ARSP_TARGET int64_t residual_row(const LawRow& p, const LawRow* q, const Draft& draft, int64_t V, const Key& key, Scratch& scratch) {
+  const int64_t padded = (V + kChunk - 1) / kChunk * kChunk;
+  float *const of_p = scratch.row.get(), *const rest = scratch.list.get();
+  scale(p.logits, V, of_p, padded);
+  probabilities(of_p, padded, p.law);
+  if (q != nullptr) {
+    scale(q->logits, V, rest, padded);
+    probabilities(rest, padded, q->law);
+  } else {
+    std::fill(rest, rest + padded, draft.uniform ? static_cast<float>(1.0 / V) : 0.f);
+    if (draft.prior != nullptr) std::copy(draft.prior, draft.prior + V, rest);
+    if (draft.certain >= 0) rest[draft.certain] = 1;
+  }
+  doubles sums[2] = {};
+  for (int64_t x = 0; x < padded; x += ARSP_LANES) {
+    const vec less = load(of_p + x) - load(rest + x), w = less > 0.f ? less : vec{};
+    store(rest + x, w);
+    half_vec halves[2];
+    std::memcpy(halves, &w, sizeof(w));
+    sums[0] += __builtin_convertvector(halves[0], doubles);
+    sums[1] += __builtin_convertvector(halves[1], doubles);
+  }
+  double mass = 0;
+  for (int i = 0; i < ARSP_LANES / 2; ++i) mass += sums[0][i] + sums[1][i];
+  return draw(Weighted{mass < kResidualFloor ? of_p : rest}, padded, -INFINITY, key);
 }

@@ -1,5 +1,5 @@
 // keyed_argmax and verify: the filtered law of a row of logits as three numbers, a keyed draw from it, and the log-probability of a
-// draft (reference.py has the definitions).
+// draft. accept_scan and draw_residual: which drafts stand, and what becomes of the first that does not (reference.py has the definitions).
 //
 // A block is a row. The row, both halves of it with guidance, is read from memory once, into shared memory where it fits; nothing of its
 // size is written. Top-k and
@@ -43,6 +43,7 @@ struct Law {
   float lse, threshold;
   int64_t last;
   ARSP_DEVICE bool keeps(float s, int64_t code) const { return s > threshold || (s == threshold && code <= last); }
+  ARSP_DEVICE float log_p(float s, int64_t code) const { return keeps(s, code) ? s - lse : -kInfinity; }
 };
 
 // A row of logits, guided and divided by the temperature.
@@ -98,6 +99,7 @@ struct Shared {
   Mass mass[kBins];
   uint32_t count[kBins];
   Mass sums[kLanes];
+  double doubles[kLanes];
   float floats[kLanes];
   int64_t codes[kLanes];
   uint32_t keys[kLanes];
@@ -282,26 +284,26 @@ struct Best {
   int64_t code;
 };
 
-// argmax_x(s[x] - lse + noise(x)) over the codes that the law keeps, the smallest on ties.
-ARSP_DEVICE int64_t draw(const Row& row, int V, const Law& law, const Key& key, int64_t r, Shared& shared) {
+// argmax_x(score(x) + noise(x)) over the codes whose score is above -inf, the smallest on ties; -1 where there is none.
+template <typename Score>
+ARSP_DEVICE int64_t draw(const Score& score, int V, const Key& key, int64_t r, Shared& shared) {
   const uint32_t position = static_cast<uint32_t>(key.positions[r]), id = static_cast<uint32_t>(key.ids[r]);
   Best best{-kInfinity, -1};
   for (int block = threadIdx.x; 4 * block < V; block += kThreads) {
-    float s[4];
-    bool kept[4], any = false;
+    float scores[4];
+    bool any = false;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      s[i] = 4 * block + i < V ? row[4 * block + i] : -kInfinity;
-      kept[i] = s[i] > -kInfinity && law.keeps(s[i], 4 * block + i);
-      any |= kept[i];
+      scores[i] = 4 * block + i < V ? score(4 * block + i) : -kInfinity;
+      any |= scores[i] > -kInfinity;
     }
     if (!any) continue;
     const uint4 philoxed = philox(block, position, id, key.purpose, key.seed);
     const uint32_t words[4] = {philoxed.x, philoxed.y, philoxed.z, philoxed.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (!kept[i]) continue;
-      const float value = s[i] - law.lse + noise(words[i]);
+      if (!(scores[i] > -kInfinity)) continue;
+      const float value = scores[i] + noise(words[i]);
       if (value > best.value) best = {value, 4 * block + i};
     }
   }
@@ -334,7 +336,7 @@ __global__ void __launch_bounds__(kThreads) keyed_argmax(Logits log_w, int V, bo
   Row row(log_w, r);
   const float max = row.stage(V, copied ? reinterpret_cast<float*>(&shared + 1) : nullptr, shared);
   const bool finite = fabsf(max) < kInfinity;
-  const int64_t code = finite ? draw(row, V, {0, -kInfinity, V - 1}, key, r, shared) : -1;
+  const int64_t code = finite ? draw([&](int x) { return row[x]; }, V, key, r, shared) : -1;
   if (threadIdx.x == 0) codes[r] = code;
 }
 
@@ -364,16 +366,100 @@ __global__ void __launch_bounds__(kThreads)
       law = {max, max, code};
     } else {
       law = filter(row, V, max, filters, shared);
-      code = draw(row, V, law, key, r, shared);
+      code = draw([&](int x) { return law.log_p(row[x], x); }, V, key, r, shared);
     }
-    if (draft >= 0 && draft < V) {
-      const float s = row[static_cast<int>(draft)];
-      log_p = law.keeps(s, draft) ? s - law.lse : -kInfinity;
-    }
+    if (draft >= 0 && draft < V) log_p = law.log_p(row[static_cast<int>(draft)], draft);
   }
   if (threadIdx.x == 0) {
     to.codes[r] = code, to.log_p[r] = log_p, to.lse[r] = law.lse, to.threshold[r] = law.threshold, to.last[r] = law.last;
   }
+}
+
+// ---- drafts
+
+struct Codes {
+  const int64_t* data;
+  int64_t stride;
+};
+struct Floats {
+  const float* data;
+  int64_t stride;
+};
+
+// A warp is a row.
+__global__ void __launch_bounds__(kLanes)
+    accept_scan(Codes drafts, Codes drawn, Floats ratio, Floats uniform, const int64_t* known, int m, int64_t* counts) {
+  const int64_t b = blockIdx.x;
+  int count = m;
+  for (int first = 0; first < m; first += kLanes) {
+    const int i = first + threadIdx.x;
+    bool stands = i >= m || i < known[b];
+    if (!stands && ratio.data != nullptr) stands = uniform.data[b * uniform.stride + i] < ratio.data[b * ratio.stride + i];
+    else if (!stands) stands = drafts.data[b * drafts.stride + i] == drawn.data[b * drawn.stride + i];
+    const unsigned fallen = __ballot_sync(kAllLanes, !stands);
+    if (fallen != 0) {
+      count = first + __popc((fallen & (0u - fallen)) - 1);
+      break;
+    }
+  }
+  if (threadIdx.x == 0) counts[b] = count;
+}
+
+// Laws that verify found (class _Laws of arsp/kernels/cuda.py).
+struct Laws {
+  Logits logits;
+  const float *lse, *threshold;
+  const int64_t* last;
+  int64_t num;
+};
+
+constexpr int64_t kUniform = -2, kPrior = -3;  // as in reference.py; others are rows of the recorded laws, or a certain draft
+
+struct Drafts {
+  const int64_t *sources, *codes;  // (R)
+  const float* prior;              // (Y, V), or null
+  const int64_t* places;           // (R) rows of it
+  int64_t num_places;
+  ARSP_DEVICE bool has_place(int64_t r) const { return prior != nullptr && places[r] >= 0 && places[r] < num_places; }
+};
+
+constexpr double kResidualFloor = 1e-12;
+
+__global__ void __launch_bounds__(kThreads, 1) draw_residual(Laws target, const int64_t* rows, Laws recorded, Drafts drafts, int V, bool copied, Key key,
+                                                          int64_t* codes) {
+  ARSP_DYNAMIC_SHARED(memory);
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const int64_t r = blockIdx.x, at = rows[r], source = drafts.sources[r];
+  const bool outside = at >= target.num || source >= recorded.num || (source == kPrior && !drafts.has_place(r));
+  if (at < 0 || outside) {  // nothing was rejected here, or there is no such law
+    if (threadIdx.x == 0) codes[r] = at < 0 ? 0 : -1;
+    return;
+  }
+  const int64_t from = source >= 0 ? source : 0, draft = drafts.codes[r];
+  const Row p_row(target.logits, at), q_row(recorded.logits, from);
+  const Law p_law{target.lse[at], target.threshold[at], target.last[at]};
+  Law q_law{0, kInfinity, -1};
+  if (source >= 0) q_law = {recorded.lse[from], recorded.threshold[from], recorded.last[from]};
+  const float* const prior = source == kPrior ? drafts.prior + drafts.places[r] * V : nullptr;
+  const float uniform = static_cast<float>(1.0 / V);
+  const auto p = [&](int x) { return expf(p_law.log_p(p_row[x], x)); };
+  const auto rest = [&](int x) {
+    float q = x == draft ? 1.f : 0.f;
+    if (source >= 0) q = expf(q_law.log_p(q_row[x], x));
+    else if (source == kUniform) q = uniform;
+    else if (source == kPrior) q = prior[x];
+    return fmaxf(__fsub_rn(p(x), q), 0.f);
+  };
+  float* const kept = copied ? reinterpret_cast<float*>(&shared + 1) : nullptr;
+  double mass = 0;
+  for (int x = threadIdx.x; x < V; x += kThreads) {
+    const float w = rest(x);
+    if (copied) kept[x] = w;
+    mass += w;
+  }
+  const bool empty = block_reduce(mass, Sum(), shared.doubles) < kResidualFloor;
+  const int64_t code = draw([&](int x) { return logf(empty ? p(x) : copied ? kept[x] : rest(x)); }, V, key, r, shared);
+  if (threadIdx.x == 0) codes[r] = code;
 }
 
 size_t shared_bytes(int64_t V, bool copied) { return sizeof(Shared) + (copied ? V * sizeof(float) : 0); }
@@ -397,4 +483,22 @@ ARSP_EXPORT int arsp_verify(const Logits* logits, int64_t R, int64_t V, const in
   const Key key{static_cast<uint64_t>(seed), ids, positions, static_cast<uint32_t>(purpose)};
   return launch(verify, dim3(static_cast<unsigned>(R)), kThreads, shared_bytes(V, copied), stream, *logits, static_cast<int>(V), copied, drafts,
                 filters, key, Results{codes, log_p, lse, threshold, last});
+}
+
+// ratio and uniform may be null.
+ARSP_EXPORT int arsp_accept_scan(const int64_t* drafts, int64_t drafts_stride, const int64_t* drawn, int64_t drawn_stride, const float* ratio,
+                                 int64_t ratio_stride, const float* uniform, int64_t uniform_stride, const int64_t* known, int64_t B, int64_t m,
+                                 int64_t* counts, cudaStream_t stream) {
+  return launch(accept_scan, dim3(static_cast<unsigned>(B)), kLanes, 0, stream, Codes{drafts, drafts_stride}, Codes{drawn, drawn_stride},
+                Floats{ratio, ratio_stride}, Floats{uniform, uniform_stride}, known, static_cast<int>(m), counts);
+}
+
+// recorded, prior and places may be null.
+ARSP_EXPORT int arsp_draw_residual(const Laws* target, const Laws* recorded, const int64_t* rows, const int64_t* sources, const int64_t* drafts,
+                                   const float* prior, const int64_t* places, int64_t num_places, int64_t R, int64_t V, int64_t seed, const int64_t* ids,
+                                   const int64_t* positions, int64_t purpose, int64_t* codes, cudaStream_t stream) {
+  const bool copied = V <= kSharedCodes;
+  const Key key{static_cast<uint64_t>(seed), ids, positions, static_cast<uint32_t>(purpose)};
+  return launch(draw_residual, dim3(static_cast<unsigned>(R)), kThreads, shared_bytes(V, copied), stream, *target, rows,
+                recorded == nullptr ? Laws{} : *recorded, Drafts{sources, drafts, prior, places, num_places}, static_cast<int>(V), copied, key, codes);
 }
