@@ -37,7 +37,8 @@ from arsp.decode.planner import WindowPlanner, measured
 from arsp.decode.schedule import ScaleRow, ScaleStep, describe_rows, load_schedule, parse_collab
 from arsp.decode.smooth import SmoothGenerator
 from arsp.errors import ConfigError, InputError, nearest
-from arsp.models.compiled import compile_blocks, require_compiler
+from arsp.kernels.build import require_compiler
+from arsp.models.compiled import compile_blocks
 from arsp.protocols import Generation, Generator, Request
 from arsp.quant.linear import SimulatedLinear
 from arsp.quant.recipe import RECIPES

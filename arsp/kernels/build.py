@@ -166,3 +166,15 @@ def use_isa(index: int) -> str:
     """Make the loaded library use ``ISA[index]`` (or the best one below it that the processor has; -1: the best). For tests."""
     (library,) = _loaded.values()
     return ISA[library.arsp_use_isa(index)]
+
+
+def require_compiler(device: torch.device | str, option: str) -> None:
+    """ResourceError where torch.compile does not work, that is without a C++ compiler or, for CUDA, without Triton. ``option``: what asks
+    for it."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ResourceError(f"{option}: torch.compile does not work here: {reason}", "Drop it, or install a C++ compiler.") from error

@@ -1,24 +1,11 @@
-"""Networks through torch.compile: what surrounds attention in the blocks of a transformer, and a whole decoder of images."""
+"""Transformers through torch.compile: what surrounds attention in their blocks."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from arsp.errors import ResourceError
 from arsp.models import attention
-
-
-def require_compiler(device: torch.device | str, option: str) -> None:
-    """ResourceError where torch.compile does not work, that is without a C++ compiler or, for CUDA, without Triton. ``option``: what asks
-    for it."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    try:
-        torch.compile(torch.sin)(torch.zeros(2, device=device))
-    except TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ResourceError(f"{option}: torch.compile does not work here: {reason}", "Drop it, or install a C++ compiler.") from error
 
 
 def compile_blocks(network: nn.Module, backend: str = "inductor") -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from arsp.errors import ConfigError
-from arsp.models.compiled import require_compiler
+from arsp.kernels.build import require_compiler
 
 DTYPES = ("float32", "bfloat16", "float16")
 PIXELS_AT_ONCE = 1 << 19  # 8 images of 256 px: the released decoders hold about 0.2 GB of float32 activations for each of them
