@@ -203,20 +203,20 @@ def draw_residual(
     codes_R, wanted = torch.zeros_like(rows_R), (rows_R >= 0).nonzero().squeeze(1)
     num_codes = p[0].shape[1]
     for at in wanted.split(max(1, noise_elements(p[0]) // num_codes)):
-        p_rV, source_r1 = _log_law(p, p_how, rows_R[at]).exp(), sources_R[at, None]
+        p_rV, source_r1 = log_law(p, p_how, rows_R[at]).exp(), sources_R[at, None]
         q_rV = torch.zeros_like(p_rV).scatter_(1, drafts_R[at, None], 1.0)
         q_rV = torch.where(source_r1 == UNIFORM, 1.0 / num_codes, q_rV)
         if prior is not None and places_R is not None:
             q_rV = torch.where(source_r1 == PRIOR, prior[places_R[at]], q_rV)
         if q:
-            q_rV = torch.where(source_r1 >= 0, _log_law(q, q_how, sources_R[at].clamp_min(0)).exp(), q_rV)
+            q_rV = torch.where(source_r1 >= 0, log_law(q, q_how, sources_R[at].clamp_min(0)).exp(), q_rV)
         rest_rV = (p_rV - q_rV).clamp_min(0)
         empty_r1 = rest_rV.sum(-1, keepdim=True, dtype=torch.float64) < RESIDUAL_FLOOR
         codes_R[at] = keyed_argmax(torch.where(empty_r1, p_rV, rest_rV).log(), seed, ids_R[at], positions_R[at], purpose, stream)
     return codes_R
 
 
-def _log_law(law: Sequence[Tensor | None], how: Sequence[float], rows_r: Tensor) -> Tensor:
+def log_law(law: Sequence[Tensor | None], how: Sequence[float], rows_r: Tensor) -> Tensor:
     """Log-probabilities (r, V) of some rows of laws: (logits, uncond, guided, lse, threshold, last) and (scale, ramp, temperature)."""
     logits, uncond, guided, lse, threshold, last = (None if x is None else x[rows_r] for x in law)
     scale, ramp, temperature = how
