@@ -73,7 +73,7 @@ def test_a_model_equals_its_layers_by_hand(models, kind, changes):
     given, expected = logits(samples, model.module), logits(samples, hand)
     noise = float((expected - given).norm())
     for found, allowed, what in (
-        (logits(samples, apart), 0.1, "integer layers"),
+        (logits(samples, apart), 0.1 if kind.startswith("var") else 0.02, "integer layers"),  # of a VAR behind a GELU of the kernel's own
         (logits(samples, install(copy.deepcopy(model.module), layers, torch.float32)), 0.5, "with fused producers"),
     ):  # a value half way between two codes may go either way; a layer in a wrong place would be as far off as the model is large
         error = float((found - expected).norm())
